@@ -93,7 +93,13 @@ class Lora2rLinear(nn.Module):
         self.deployed, self.quarantine = (Block(a.clone(), b.clone()) for a, b in zip(A0.chunk(2), B0.chunk(2, dim=1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) if self.state.off else self.base(x) + self.delta(x)
+        s, y = self.state, self.base(x)
+        if not s.off:
+            return y + self.delta(x)
+        if s.c is not None:  # the probe at init: (c - 1) is 0, so the value stays the base model's, and c gets (B0^T g) * (A0 x)
+            probe = (s.c[self.index][:, None, : self.r] - 1).to(x.dtype)  # [G, 1, r]
+            y = y + F.linear(probe * F.linear(x, self.deployed.A0.to(x.dtype)), self.deployed.B0.to(x.dtype))
+        return y
 
     def delta(self, x: Tensor) -> Tensor:
         """x [G, T, d_in] -> what the adapter adds to the base layer, [G, T, d_out]."""
@@ -191,7 +197,8 @@ def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | Non
     """Set all that the forwards inside need; put back what was there before, also after an exception.
 
     m: bool [G], quarantine on (None: everywhere). d: bool [G], deployed block detached (None: nowhere). A plain bool holds for
-    every row of any batch: use(adapter, m=False) is the model with the quarantine ablated. off: the base model alone.
+    every row of any batch: use(adapter, m=False) is the model with the quarantine ablated. off: the base model
+    alone; with c, the deployed block's probe is read there, at the adapter's init.
     c: a probe, ones [M, G, 2r] with requires_grad; torch.autograd.grad(nll.sum(), c) is [M, G, 2r]. Entries [..., :r] are the
     deployed block's. What m and d cut off reads 0.
     Under gradient checkpointing the backward runs the forward again: call it inside the context too.
@@ -199,8 +206,8 @@ def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | Non
     """
     if adapter.context == "folded":
         raise ValueError("use() inside folded(): folded weights have no blocks to mask or probe; leave folded() first")
-    if off and any(value is not None for value in (m, d, c)):
-        raise ValueError("off=True is the base model alone: it takes no m, d or c")
+    if off and (m is not None or d is not None):
+        raise ValueError("off=True is the base model alone: it takes no m or d")
     m, d = torch.as_tensor(True if m is None else m), torch.as_tensor(False if d is None else d)
     for name, mask in (("m", m), ("d", d)):
         if mask.dtype != torch.bool or mask.dim() > 1:

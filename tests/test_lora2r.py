@@ -386,6 +386,18 @@ def test_probe_gradient_matches_finite_differences(m, stirred):
         torch.testing.assert_close((sides[0] - sides[1]) / 2e-5, gradient[i, row, k], rtol=1e-6, atol=1e-8)
 
 
+def test_probe_read_off_is_the_probe_of_an_adapter_at_init():
+    """off=True with c: the base model's value exactly, and the deployed block's probe gradient as it was before any training."""
+    (model, fresh), (trained_model, trained) = tiny_adapter(stirred=False), tiny_adapter(stirred=True)
+    ids = tokens()
+    at_init = probe_gradient(model, fresh, ids, probe(fresh, 3), m=False)
+    torch.testing.assert_close(probe_gradient(trained_model, trained, ids, probe(trained, 3), off=True), at_init, rtol=1e-9, atol=1e-12)
+    with use(trained, off=True), torch.no_grad():
+        value = nll(trained_model, ids)
+    with use(trained, off=True, c=probe(trained, 3)):
+        assert torch.equal(nll(trained_model, ids), value)
+
+
 def test_probe_gradient_is_the_formula_and_per_rollout():
     """(B^T g) * (A x) summed over tokens; a rollout's row is what it is when the rollout runs alone."""
     model, adapter = tiny_adapter()
