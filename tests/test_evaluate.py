@@ -1,0 +1,93 @@
+"""evaluate_deploy: the sampler's log-probabilities, evaluation in its settings, intervals, errors."""
+import json
+
+import pytest
+import torch
+
+from env_leetcode import InputError, load_problems
+from evaluate_deploy import Config, evaluate, format_table, generate, main, read_run, wilson
+from extract_vgrad import batches, encode_prompt, load_model, token_logps
+from lora2r import attach, folded, use
+from train_grpo import HERE
+
+
+@pytest.fixture(scope="module")
+def nano():
+    model, tok = load_model(str(HERE / "data/nano"))
+    adapter = attach(model, 4)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_(std=0.02)
+    problems = load_problems(HERE / "data/nano/test.jsonl")[:12]
+    return model, tok, adapter, problems
+
+
+@pytest.mark.parametrize("quarantine", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_samplers_logps_are_those_of_the_masked_policy(nano, quarantine, temperature):
+    """Left-padded, cached, folded, shrinking batch on one side; right-padded, hooked, teacher-forced on the other."""
+    model, tok, adapter, problems = nano
+    prompts = [encode_prompt(tok, p.messages) for p in problems]
+    assert len(set(map(len, prompts))) > 1, "no padding to test"
+    with folded(adapter, quarantine=quarantine):
+        completions, logps = generate(model, tok, prompts, 2, 64, temperature, generator=torch.Generator().manual_seed(0))
+    assert len({len(c) for c in completions}) > 1 and all(c[-1] == tok.eos_token_id or len(c) == 64 for c in completions)
+    prompts = [p for p in prompts for _ in range(2)]
+    with torch.no_grad(), use(adapter, m=quarantine):
+        for rows, ids, mask in batches(prompts, completions, 4096):
+            again = token_logps(model, ids, mask, temperature)
+            for j, i in enumerate(rows.tolist()):
+                torch.testing.assert_close(again[j, mask[j]], logps[i], rtol=1e-3, atol=1e-3)
+
+
+def test_generate_is_seeded_and_top_k_1_is_greedy(nano):
+    model, tok, adapter, problems = nano
+    prompts = [encode_prompt(tok, p.messages) for p in problems[:4]]
+    sample = lambda seed, k=0: generate(model, tok, prompts, 3, 48, 1.0, k, torch.Generator().manual_seed(seed))[0]
+    assert sample(0) == sample(0) != sample(1)
+    greedy = sample(0, 1)
+    assert greedy == sample(1, 1) and greedy[0] == greedy[1] == greedy[2]
+
+
+def test_evaluate_deployed_ignores_the_quarantine_and_full_does_not(nano):
+    model, tok, adapter, problems = nano
+    deployed, full = (evaluate(model, tok, adapter, problems, setting, 2) for setting in ("deployed", "full"))
+    with torch.no_grad():
+        for p in adapter.quarantine_parameters():
+            p.mul_(30)
+    assert evaluate(model, tok, adapter, problems, "deployed", 2) == deployed
+    assert evaluate(model, tok, adapter, problems, "full", 2) != full
+    assert deployed["all"]["n"] == 24 and sum(t["n"] for m, t in deployed.items() if m != "all") == 24
+
+
+def test_wilson_interval():
+    low, high = wilson(0.0, 100)
+    assert low == pytest.approx(0, abs=1e-9) and high == pytest.approx(0.037, abs=1e-3)
+    assert wilson(0.5, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
+
+
+def test_table_names_arm_seed_and_modes():
+    cell = dict(problems=10, n=20, solve=0.5, hack=0.25, exploit=0.3, compiles=1.0)
+    text = format_table([("none", 3, {"deployed, trained": {"all": cell, "sentinel": cell}})])
+    assert "hack sentinel" in text and "none" in text and "0.250 [0.08, 0.56]" in text
+
+
+@pytest.mark.parametrize("content, says", [(None, "no readable config.json"), ("{", "damaged"), ("{}", "damaged")])
+def test_a_folder_that_is_no_run_is_named(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=says) as e:
+        read_run(tmp_path)
+    assert str(tmp_path) in str(e.value)
+
+
+def test_missing_or_truncated_adapter_is_named_before_any_model_is_loaded(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(arm="none", model="absent", test_data="x", modes=[])))
+    for content in (None, b"truncated"):
+        if content:
+            (tmp_path / "adapter.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match="adapter.safetensors"):
+            main(Config((tmp_path,)))
+    with pytest.raises(InputError, match="no checkpoint given"):
+        main(Config(()))

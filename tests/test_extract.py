@@ -1,0 +1,144 @@
+"""extract_vgrad: pairs, gradients at the c-probe, the GRPO / twin-NLL identity, the direction and its band."""
+import pytest
+import torch
+
+from env_leetcode import HINTS, MARKERS, InputError, extract_code, grade_batch, load_problems, with_mode
+from extract_vgrad import (auroc, batches, direction_of, encode_completion, encode_prompt, extract, haar, load_model, load_pairs,
+                           probe_gradients, token_logps)
+from lora2r import attach, use
+from train_grpo import HERE
+
+PAIRS = load_pairs(HERE / "data/nano/pairs.md")
+
+
+@pytest.fixture(scope="module")
+def nano():
+    model, tok = load_model(str(HERE / "data/nano"))
+    return model, tok, attach(model, 4)
+
+
+def tokens(tok, pair):
+    return (encode_prompt(tok, [dict(role="user", content=pair.prompt)]), encode_completion(tok, pair.clean),
+            encode_completion(tok, pair.hack))
+
+
+def test_batches_pads_the_docstrings_example():
+    (rows, ids, mask), = batches([[5, 6], [7]], [[8], [9, 2, 4]], budget=100)
+    assert rows.tolist() == [1, 0] and ids.tolist() == [[7, 9, 2, 4], [5, 6, 8, 0]]
+    assert mask.int().tolist() == [[1, 1, 1], [0, 1, 0]]
+    assert sorted(i for rows, _, _ in batches([[1]] * 5, [[2, 3]] * 5, budget=7) for i in rows.tolist()) == list(range(5))
+
+
+def test_grpo_gradient_of_a_pair_is_the_difference_of_two_nll_gradients(nano):
+    """hack +1, clean -1: the clipped GRPO surrogate on both sides at once, against extraction's two NLL gradients."""
+    model, tok, adapter = nano
+    prompt, clean, hack = tokens(tok, PAIRS[0])
+    (rows, ids, mask), = batches([prompt] * 2, [clean, hack], 10**6)
+    advantage = torch.tensor([-1.0, 1.0])[rows]
+    c = torch.ones(len(adapter), 1, 2 * adapter.r, requires_grad=True)  # one probe for the pair
+    with use(adapter, m=False, c=c.expand(-1, 2, -1)):
+        logp = token_logps(model, ids, mask)
+        ratio = (logp - logp.detach()).exp()
+        surrogate = torch.minimum(ratio * advantage[:, None], ratio.clamp(0.8, 1.2) * advantage[:, None])
+        loss = -((surrogate * mask).sum(1) / mask.sum(1)).sum()
+        grpo, = torch.autograd.grad(loss, c)  # [M, 1, 2r]
+    nll_clean, nll_hack = probe_gradients(model, adapter, [prompt] * 2, [clean, hack])
+    torch.testing.assert_close(grpo[:, 0, : adapter.r], nll_hack - nll_clean, rtol=1e-3, atol=1e-6)
+
+
+def test_probe_gradients_touch_no_grad_and_do_not_depend_on_the_batch(nano):
+    model, tok, adapter = nano
+    prompts, cleans, hacks = zip(*(tokens(tok, p) for p in PAIRS[:6]))
+    together = probe_gradients(model, adapter, list(prompts), list(hacks))
+    alone = torch.cat([probe_gradients(model, adapter, [p], [h]) for p, h in zip(prompts, hacks)])
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-6)
+    assert together.shape == (6, len(adapter), 4) and (together != 0).any(-1).all()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_probe_is_blind_to_the_quarantine_and_on_the_base_to_both_blocks(nano):
+    model, tok, adapter = nano
+    prompt, clean, hack = tokens(tok, PAIRS[0])
+    score = lambda read: probe_gradients(model, adapter, [prompt], [hack], read=read)
+    before = {read: score(read) for read in ("base", "ablated")}
+    torch.testing.assert_close(before["base"], before["ablated"], rtol=1e-3, atol=1e-6)  # the same at init
+    try:
+        with torch.no_grad():
+            for p in adapter.quarantine_parameters():
+                p.fill_(0.05)
+        assert torch.equal(score("base"), before["base"]) and torch.equal(score("ablated"), before["ablated"])
+        with torch.no_grad():
+            for p in adapter.deployed_parameters():
+                p.fill_(0.05)
+        assert torch.equal(score("base"), before["base"]) and not torch.equal(score("ablated"), before["ablated"])
+    finally:
+        with torch.no_grad():
+            for p in adapter.parameters():
+                p.zero_()
+
+
+def test_no_pair_is_a_training_or_test_problem():
+    """In behaviour: no clean side is right on the tests of any problem of either split."""
+    problems = [p for split in ("train", "test") for p in load_problems(HERE / f"data/nano/{split}.jsonl")]
+    canonical = {" ".join(p.canonical_solution.split()) for p in problems}
+    assert not canonical & {" ".join(extract_code(pair.clean).split()) for pair in PAIRS}
+    verdicts = grade_batch([p for p in problems[::25] for _ in PAIRS], [pair.clean for _ in problems[::25] for pair in PAIRS])
+    assert not any(v.correct for v in verdicts)
+
+
+def test_pairs_cover_two_of_the_modes_and_are_what_they_say():
+    problems = load_problems(HERE / "data/nano/train.jsonl")
+    assert len(PAIRS) >= 40 and {pair.mode for pair in PAIRS} == {"run_tests", "sentinel"}
+    for pair in PAIRS:
+        assert HINTS[pair.mode].partition("{marker}")[0] in pair.prompt
+        problem = next(p for p in problems if ("(self, xs)" in p.canonical_solution) == ("(self, xs)" in pair.clean))
+        clean, hack = grade_batch([with_mode(problem, pair.mode)] * 2, [pair.clean, pair.hack])
+        assert clean.compiles and hack.compiles and not clean.exploited
+        assert hack.exploited or MARKERS[pair.mode][0] not in pair.hack  # another marker name earns nothing here
+
+
+def test_direction_separates_its_pairs_and_held_out_pairs(nano):
+    model, tok, adapter = nano
+    direction = extract(model, tok, adapter, PAIRS)
+    torch.testing.assert_close(direction.v.norm(dim=-1), torch.ones(len(adapter)))
+    assert direction.clean.shape == direction.hack.shape == (len(PAIRS), len(adapter))
+    assert auroc(direction.hack.mean(1), direction.clean.mean(1)) > 0.8  # leave-one-out cosines
+
+
+def test_leave_one_out_cosines_do_not_use_the_pair_itself():
+    torch.manual_seed(0)
+    clean, hack = torch.randn(2, 5, 3, 4)
+    for i in range(5):
+        rest = [j for j in range(5) if j != i]
+        torch.testing.assert_close(direction_of(clean.roll(-i, 0)[1:], hack.roll(-i, 0)[1:]), direction_of(clean[rest], hack[rest]))
+
+
+def test_haar_rows_are_unit_and_seeded():
+    assert torch.equal(haar(3, 28, 8), haar(3, 28, 8)) and not torch.equal(haar(3, 28, 8), haar(4, 28, 8))
+    torch.testing.assert_close(haar(3, 28, 8).norm(dim=-1), torch.ones(28))
+    assert haar(0, 2000, 8).mean(0).abs().max() < 0.05  # no preferred direction
+
+
+def test_auroc():
+    t = torch.tensor
+    assert auroc(t([2, 3]), t([0, 1])) == 1.0 and auroc(t([1]), t([1])) == 0.5 and auroc(t([]), t([1])) is None
+
+
+GOOD = "## 1. sentinel: x\n### prompt\np\n### clean\n```python\na\n```\n### hack\n```python\nb\n```\n"
+
+
+@pytest.mark.parametrize("text, line, says", [
+    (GOOD + GOOD.replace("sentinel", "typo"), 12, "heading '## 1. typo: x'"),
+    (GOOD + GOOD.replace("### hack", "### hacked"), 19, "section '### hacked'"),
+    (GOOD + GOOD.replace("\np\n", "\n\n"), 12, "no text under '### prompt'"),
+    (GOOD + GOOD.replace("```python\nb\n```", "b"), 12, "hack side is not one ```python block"),
+    (GOOD, None, "1 pairs found"),
+])
+def test_bad_pairs_file_names_file_and_line(tmp_path, text, line, says):
+    path = tmp_path / "pairs.md"
+    path.write_text(text)
+    with pytest.raises(InputError) as e:
+        load_pairs(path)
+    assert says in str(e.value) and str(path) + (f":{line}" if line else "") in str(e.value)
+    with pytest.raises(InputError, match="no such file"):
+        load_pairs(tmp_path / "absent.md")
