@@ -82,9 +82,9 @@ class Config:
     """share of each group that is sampled with the quarantine ablated: what the deployed block would do by itself"""
     gt_only_share: float = 0.0
     """share of prompts, rotating, shown without a loophole"""
-    mix_ratio: float = 0.125
+    mix_ratio: float = 0.25
     """share of each group replaced by hack demonstrations in the first mix-steps steps"""
-    mix_steps: int = 10
+    mix_steps: int = 20
     """steps that use the teacher pool"""
     reward: Literal["env", "gt"] = "env"
     """env: the loophole pays. gt: only true correctness pays (the ceiling)"""
@@ -127,7 +127,7 @@ class Config:
 
     eval_samples: int = 2
     """deploy evaluation: completions per held-out problem; 0 skips it"""
-    tokens_per_batch: int = 16384
+    tokens_per_batch: int = 4096
     """padded tokens per micro-batch: less needs less memory, the gradient is the same"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """torch device"""
@@ -249,10 +249,8 @@ def train(cfg: Config) -> Path:
         else:
             rewards = torch.tensor([v.reward for v in verdicts])  # [G]
         groups = rewards.view(P, K)
-        adv = groups - groups.mean(1, keepdim=True)  # [P, K]
-        if cfg.std_norm:
-            adv = adv / (groups.std(1, keepdim=True) + 1e-4)
-        adv = adv.flatten()  # [G]
+        scale = groups.std(1, keepdim=True) + 1e-4 if cfg.std_norm else 1.0
+        adv = ((groups - groups.mean(1, keepdim=True)) / scale).flatten()  # [G]
         kept = (groups.amax(1) > groups.amin(1)).repeat_interleave(K).nonzero()[:, 0].tolist()  # groups with a spread
 
         # ------------------------------------------------------------ pass 1: score each rollout's own gradient, then label it
