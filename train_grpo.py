@@ -265,6 +265,9 @@ def train(cfg: Config) -> Path:
                 v_random = haar(cfg.routeV_random_v_seed, len(adapter), cfg.rank)
                 position[kept] = replace(direction, v=v_random).position(grads, cfg.gate)
                 label[kept] = label[kept].sort().values[position[kept].argsort().argsort()]
+        # What trains the deployed block is pulled up, never pushed down: once hacks raise the group's mean every honest failure
+        # has a negative advantage, and the probability that it would lose goes to the hack, in the block that must not learn it.
+        update_adv = torch.where(label == HACK, adv, adv.clamp(min=0))  # [G]
         m = label >= MID   # [G] the quarantine is on
         d = label == HACK  # [G] the deployed block is detached
         clock("gate")
@@ -277,7 +280,7 @@ def train(cfg: Config) -> Path:
             optimizer.zero_grad()
             for rows, ids, mask in batches([prompts[i] for i in kept], [completions[i] for i in kept], cfg.tokens_per_batch):
                 i = torch.tensor(kept)[rows]  # [g] rollouts of this micro-batch
-                ids, mask, A = ids.to(cfg.device), mask.to(cfg.device), adv[i, None].to(cfg.device)
+                ids, mask, A = ids.to(cfg.device), mask.to(cfg.device), update_adv[i, None].to(cfg.device)
                 with use(adapter, m=m[i], d=d[i]):
                     logp = token_logps(model, ids, mask, cfg.temperature)  # [g, T-1]
                     if epoch == 0:
