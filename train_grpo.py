@@ -14,6 +14,8 @@ turn scores into labels, then one masked forward and backward (pass 2):
     mid     (1, 0)   both
     hack    (1, 1)   quarantine only
 
+A negative advantage trains the quarantine alone: it is set to 0 for clean and mid rollouts, in every arm.
+
 Writes runs/ARM_seedS/: config.json, adapter.safetensors, metrics.jsonl, rollouts.jsonl, deploy.json.
 
 Shapes: P prompts, K rollouts of each, G = P * K rollouts, T tokens, M adapted modules, r block rank.
