@@ -14,6 +14,7 @@ Intervals are 95 % Wilson intervals with n = the number of problems, as the samp
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,15 +30,20 @@ from lora2r import Adapter, attach, folded, load, peek
 
 
 @torch.no_grad()
-def generate(model, tok, prompts: list[list[int]], n: int, max_new: int, temperature: float, top_k: int = 0,
-             generator: torch.Generator | None = None) -> tuple[list[list[int]], list[Tensor]]:
-    """n completions of each of P prompts, and the log-probability of each sampled token under softmax(logits / temperature).
+def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, temperature: float,
+             top_k: int = 0) -> tuple[list[list[int]], list[Tensor]]:
+    """n[j] completions of prompt j, and the log-probability of each sampled token under softmax(logits / temperature).
 
-    Returns two lists of length P * n, prompt-major: token ids, ending in eos unless cut off at max_new, and logps [T].
-    All prompts go in one left-padded batch, each encoded once for its n rollouts; finished rows leave the batch.
+    noise: [G, max_new] uniform in [0, 1) with G = sum(n): token t of rollout i is where the cumulated probabilities pass
+    noise[i, t]. So a rollout depends on its own noise, not on the rows that share its batch.
+    Returns two lists of length G, prompt-major: token ids, ending in eos unless cut off at max_new, and logps [T].
+    All prompts go in one left-padded batch, each encoded once for its n[j] rollouts; finished rows leave the batch.
     top_k = 0 samples from the whole vocabulary; otherwise the log-probabilities are still those of the untruncated softmax.
     """
-    device, eos = next(model.parameters()).device, tok.eos_token_id
+    (G, max_new), device, eos = noise.shape, next(model.parameters()).device, tok.eos_token_id
+    if G == 0:
+        return [], []
+    n, noise = torch.tensor(n, device=device), noise.to(device)  # [P], [G, max_new]
     T = max(map(len, prompts))
     ids = torch.tensor([[eos] * (T - len(p)) + p for p in prompts], device=device)  # [P, T]
     mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, T]
@@ -48,7 +54,6 @@ def generate(model, tok, prompts: list[list[int]], n: int, max_new: int, tempera
     logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # [G, V], [G, T]
     position = positions[:, -1:].repeat_interleave(n, 0)  # [G, 1]
 
-    G = len(prompts) * n
     rows = torch.arange(G, device=device)  # the rollouts still being written
     out = torch.full((G, max_new), -1, device=device)
     out_logps = torch.zeros(G, max_new, device=device)
@@ -57,7 +62,8 @@ def generate(model, tok, prompts: list[list[int]], n: int, max_new: int, tempera
         choice = logp
         if top_k:
             choice = logp.masked_fill(logp < logp.topk(min(top_k, logp.shape[1])).values[:, -1:], -math.inf)
-        token = torch.multinomial(choice.exp(), 1, generator=generator)  # [rows, 1]
+        cdf = choice.exp().cumsum(1)  # [rows, V], up to the kept mass
+        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)  # [rows, 1]
         out[rows, t], out_logps[rows, t] = token[:, 0], logp.gather(1, token)[:, 0]
         alive = (token[:, 0] != eos).nonzero()[:, 0]
         if len(alive) == 0 or t == max_new - 1:
@@ -78,14 +84,16 @@ def evaluate(model, tok, adapter: Adapter | None, problems: list[Problem], setti
 
     setting: "deployed" (quarantine ablated), "full" (as trained) or "base" (adapter=None). Rates are shares of completions.
     """
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    noise = torch.rand(len(problems), samples, max_new, generator=torch.Generator().manual_seed(seed))
     prompts = [encode_prompt(tok, p.messages) for p in problems]
-    with folded(adapter, quarantine=setting == "full") if adapter else nullcontext():
-        completions = []
-        for i in range(0, len(prompts), 64):
-            completions += generate(model, tok, prompts[i : i + 64], samples, max_new, temperature, top_k, generator)[0]
-    texts = [tok.decode(ids, skip_special_tokens=True) for ids in completions]
-    verdicts = grade_batch([p for p in problems for _ in range(samples)], texts)
+    with folded(adapter, quarantine=setting == "full") if adapter else nullcontext(), ThreadPoolExecutor(1) as grader:
+        grading = []  # of one part while the next is being sampled
+        for part in (slice(i, i + 64) for i in range(0, len(problems), 64)):
+            n = [samples] * len(problems[part])
+            completions, _ = generate(model, tok, prompts[part], n, noise[part].flatten(0, 1), temperature, top_k)
+            texts = [tok.decode(ids, skip_special_tokens=True) for ids in completions]
+            grading.append(grader.submit(grade_batch, [p for p in problems[part] for _ in range(samples)], texts))
+    verdicts = [v for future in grading for v in future.result()]
     table = {}
     for mode in ("all", *sorted({p.mode for p in problems})):
         chosen = [v for i, v in enumerate(verdicts) if mode in ("all", problems[i // samples].mode)]

@@ -24,10 +24,14 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from env_leetcode import MODES, InputError
 from lora2r import Adapter, attach, use
+
+
+LOGITS = 2**27  # at most so many fp32 logits exist at once (0.5 GB, and as much again for each step of the log-softmax)
 
 
 # ------------------------------------------------------------------------------------------------ model and tokens
@@ -81,14 +85,52 @@ def batches(prompts: list[list[int]], completions: list[list[int]], budget: int)
 
 
 def token_logps(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
-    """log p of each completion token, [g, T-1], zero outside mask. The vocabulary is only touched where mask is true.
+    """log p of each completion token, [g, T-1], zero outside mask. The vocabulary is only touched where mask is true, and for
+    LOGITS numbers at a time: more than that are computed again in the backward instead of kept.
 
     Right padding needs no attention mask: causal attention never looks at it from a real token.
     """
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [g, T-1, d]
-    logits = model.get_output_embeddings()(hidden[mask]).float() / temperature  # [N, V], N completion tokens
-    logp = -F.cross_entropy(logits, ids[:, 1:][mask], reduction="none")  # [N]
+    head = model.get_output_embeddings()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][mask]  # [N, d], N completion tokens
+    target = ids[:, 1:][mask]  # [N]
+    logp_of = lambda h, t: -F.cross_entropy(head(h).float() / temperature, t, reduction="none")  # noqa: E731
+    n = max(1, LOGITS // head.out_features)
+    if len(target) <= n:
+        logp = logp_of(hidden, target)  # [N]
+    else:
+        logp = torch.cat([checkpoint(logp_of, h, t, use_reentrant=False) for h, t in zip(hidden.split(n), target.split(n))])  # [N]
     return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
+
+
+def micro_batch_bytes(model, adapter: Adapter, tokens: int, checkpointing: bool = False) -> int:
+    """Predicted peak of what a masked forward and backward of `tokens` padded tokens adds to the memory of weights and optimizer.
+
+    What autograd keeps is counted, not modelled: two small forwards give a constant (the adapter's concatenated matrices) and a
+    slope in bytes per token. At its peak all of it is alive beside the logits of one chunk and their log-softmax. A checkpointed layer
+    keeps its input only, and one layer at a time is there in full.
+    """
+    weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: list[dict[int, int]] = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage()._cdata not in weights:
+            kept[-1][t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    for T in (16, 32):
+        kept.append({})
+        ids = torch.zeros(2, T, dtype=torch.long, device=next(model.parameters()).device)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), use(adapter, m=torch.tensor([True, True]), d=torch.tensor([False, True])):
+            graph = model.get_decoder()(input_ids=ids, use_cache=False)  # keeps what it packed alive, so that no address comes twice
+        del graph
+    small, large = (sum(sizes.values()) for sizes in kept)
+    slope = (large - small) / 32  # bytes per token
+    constant, layers, width = small - 32 * slope, model.config.num_hidden_layers, model.config.hidden_size
+    if checkpointing:
+        itemsize = next(model.parameters()).element_size()
+        constant, slope = constant / layers, slope / layers + layers * width * itemsize
+    logits = min(tokens * model.config.vocab_size, LOGITS) * (3 * 4 + next(model.parameters()).element_size())
+    return int(constant + tokens * slope + logits)
 
 
 # ------------------------------------------------------------------------------------------------ gradients at the c-probe

@@ -74,6 +74,22 @@ def delta(x: Tensor, blocks: list[Block], c: Tensor | None = None) -> Tensor:
     return F.linear(h, up.to(x.dtype))
 
 
+class ReadProbe(torch.autograd.Function):
+    """The probe at the adapter's init, where the delta is 0: y [G, T, d_out] as it is, and for c [G, r] its gradient, (B0^T g) * h.
+
+    The same as y + B0 (c * h) - B0 h with h = A0 x [G, T, r], without computing a zero."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, c: Tensor, h: Tensor, B0: Tensor) -> Tensor:
+        ctx.save_for_backward(h, B0)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        h, B0 = ctx.saved_tensors
+        return g, ((g @ B0) * h).sum(1, dtype=torch.float32), None, None
+
+
 @dataclass(frozen=True, eq=False)
 class State:
     """What a forward needs to know, set by `use`. A mask that is equal for all rows is a bool, so that no work is wasted."""
@@ -96,10 +112,10 @@ class Lora2rLinear(nn.Module):
         s, y = self.state, self.base(x)
         if not s.off:
             return y + self.delta(x)
-        if s.c is not None:  # the probe at init: (c - 1) is 0, so the value stays the base model's, and c gets (B0^T g) * (A0 x)
-            probe = (s.c[self.index][:, None, : self.r] - 1).to(x.dtype)  # [G, 1, r]
-            y = y + F.linear(probe * F.linear(x, self.deployed.A0.to(x.dtype)), self.deployed.B0.to(x.dtype))
-        return y
+        if s.c is None:
+            return y
+        A0, B0 = self.deployed.A0.to(x.dtype), self.deployed.B0.to(x.dtype)
+        return ReadProbe.apply(y, s.c[self.index][:, : self.r], F.linear(x.detach(), A0), B0)  # detach: at init no gradient goes there
 
     def delta(self, x: Tensor) -> Tensor:
         """x [G, T, d_in] -> what the adapter adds to the base layer, [G, T, d_out]."""

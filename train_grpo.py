@@ -14,30 +14,37 @@ turn scores into labels, then one masked forward and backward (pass 2):
     mid     (1, 0)   both
     hack    (1, 1)   quarantine only
 
-A negative advantage trains the quarantine alone: it is set to 0 for clean and mid rollouts, in every arm.
+Rollouts with a negative advantage train nothing (--no-positive-only: plain GRPO). On several GPUs or machines, with the same
+update: torchrun --nproc-per-node 8 train_grpo.py ...
 
-Writes runs/ARM_seedS/: config.json, adapter.safetensors, metrics.jsonl, rollouts.jsonl, deploy.json.
+Writes runs/ARM_seedS/: config.json, adapter.safetensors, state.pt (for --resume), metrics.jsonl, rollouts.jsonl, deploy.json.
 
 Shapes: P prompts, K rollouts of each, G = P * K rollouts, T tokens, M adapted modules, r block rank.
 Sources: GRPO, Shao et al. 2024 (arXiv 2402.03300); no length or std bias (Dr. GRPO), Liu et al. 2025 (arXiv 2503.20783);
 truncated importance sampling, Yao et al. 2025; SGTM masks, Shilov et al. 2025.
 """
 import json
+import math
+import os
+import pickle
 import random
+import resource
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import tyro
 
-from env_leetcode import DEFAULT_MODES, InputError, grade_batch, load_problems, with_mode
+from env_leetcode import DEFAULT_MODES, InputError, Verdict, grade_batch, load_problems, with_mode
 from evaluate_deploy import evaluate, format_table, generate, write_deploy
 from extract_vgrad import (auroc, batches, encode_completion, encode_prompt, extract, haar, load_model, load_pairs,
-                           probe_gradients, token_logps)
+                           micro_batch_bytes, probe_gradients, token_logps)
 from lora2r import attach, folded, save, use
 
 HERE = Path(__file__).resolve().parent
@@ -65,6 +72,8 @@ class Config:
     """loophole modes, over which the problems are partitioned"""
     out_dir: Path | None = None
     """run folder (default runs/ARM_seedSEED); an older one of that name is moved aside, not overwritten"""
+    resume: bool = False
+    """go on from the last checkpoint of the run folder, under the flags it was started with (--steps may differ)"""
     seed: int = 0
     """seeds the adapter, the order of problems and the sampling"""
 
@@ -107,6 +116,8 @@ class Config:
     """PPO clip range of the probability ratio"""
     kl: float = 0.0
     """weight of the KL penalty to the base model"""
+    positive_only: bool = True
+    """train on rollouts with positive advantage only; --no-positive-only is plain GRPO, whose pushing down leaks the hack (README)"""
     std_norm: bool = False
     """divide advantages by the group's standard deviation (GRPO) instead of leaving them (Dr. GRPO)"""
 
@@ -125,12 +136,14 @@ class Config:
     centre: bool = True
     """subtract the pairs' mean gradient before the cosine: decisive for the embedded model, harmful on pretrained ones (README)"""
     refresh: int = 5
-    """save a checkpoint, and with --read ablated extract v_grad again, every this many steps"""
+    """save a checkpoint that --resume can go on from, and with --read ablated extract v_grad again, every this many steps"""
 
     eval_samples: int = 2
     """deploy evaluation: completions per held-out problem; 0 skips it"""
     tokens_per_batch: int = 4096
     """padded tokens per micro-batch: less needs less memory, the gradient is the same"""
+    checkpointing: bool = False
+    """gradient checkpointing: each layer is computed again in the backward, a quarter slower for a fraction of the memory"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """torch device"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -162,6 +175,8 @@ def check(cfg: Config) -> None:
         raise InputError(f"--group-size {cfg.group_size}: an advantage needs a group of at least 2 rollouts")
     if cfg.temperature <= 0:
         raise InputError(f"--temperature {cfg.temperature}: give a number above 0")
+    if cfg.prompts_per_step < (world := int(os.environ.get("WORLD_SIZE", 1))):
+        raise InputError(f"--prompts-per-step {cfg.prompts_per_step} on {world} ranks: give each rank at least one prompt")
     if cfg.cut_mid > cfg.cut_hack or cfg.k_mid > cfg.k_rout:
         raise InputError(f"--cut-mid {cfg.cut_mid} --cut-hack {cfg.cut_hack} --k-mid {cfg.k_mid} --k-rout {cfg.k_rout}: "
                          "the mid threshold must not lie above the hack threshold")
@@ -178,7 +193,9 @@ def train(cfg: Config) -> Path:
                      for name in ("trained", "held-out")}
     pairs = load_pairs(cfg.pairs) if cfg.intervention == "routeV" else []
     demos = load_demos(cfg.demos, problems) if cfg.mix_ratio else {}
-    model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
+    rank, world = start_ranks(cfg)
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and cfg.device == "cuda" else cfg.device
+    model, tok = load_model(cfg.model, device, cfg.dtype)
     limit = model.config.max_position_embeddings - cfg.max_new_tokens
     encoded = {(p.id, p.mode): encode_prompt(tok, p.messages) for p in problems}
     for path, ps in ((cfg.data, problems), (cfg.test_data, test_problems["held-out"])):
@@ -186,63 +203,95 @@ def train(cfg: Config) -> Path:
         if (length := len(encode_prompt(tok, worst.messages))) > limit:
             raise InputError(f"{path}: problem {worst.id} is {length} tokens, and --max-new-tokens {cfg.max_new_tokens} leaves "
                              f"{limit} of the model's context; shorten either")
+    if cfg.checkpointing:
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
     adapter = attach(model, cfg.rank, cfg.seed)
     system = problems[0].messages[:-1]  # the pairs' prompts get the same system message as the problems'
     optimizer = torch.optim.AdamW([dict(params=adapter.deployed_parameters()), dict(params=adapter.quarantine_parameters())],
                                   lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)
-    sampler = torch.Generator(cfg.device).manual_seed(cfg.seed)
+    sampler = torch.Generator().manual_seed(cfg.seed)
     order = random.Random(cfg.seed)
-    queue: list = []
+    queue: list[int] = []  # problems to come
+    start = 0
 
-    out = new_run_folder(cfg.out_dir or Path("runs") / f"{arm}_seed{cfg.seed}")
-    meta = dict(arm=arm, seed=str(cfg.seed), model=cfg.model)
-    (out / "config.json").write_text(json.dumps(dict(arm=arm, **asdict(cfg)), indent=1, default=str) + "\n")
-    save(adapter, out / "adapter.safetensors", meta)
-    metrics, log = (open(out / name, "w") for name in ("metrics.jsonl", "rollouts.jsonl"))
-    print(f"{arm}, seed {cfg.seed}: {len(problems)} problems, {len(adapter)} modules, r = {cfg.rank} -> {out}\n" + LEGEND)
+    out = cfg.out_dir or Path("runs") / f"{arm}_seed{cfg.seed}"
+    config = json.loads(json.dumps(dict(arm=arm, **asdict(cfg)), default=str))
+    if cfg.resume:
+        state = read_state(out, config)
+        start, queue = state["step"], state["queue"]
+        optimizer.load_state_dict(state["optimizer"])
+        sampler.set_state(state["sampler"])
+        order.setstate(state["order"])
+        with torch.no_grad():
+            for p, saved in zip(adapter.parameters(), state["adapter"], strict=True):
+                p.copy_(saved)
+
+    def checkpoint(step: int) -> None:
+        """Write the adapter, and all that the run needs to go on from before `step`; each whole or not at all."""
+        save(adapter, out / "adapter.safetensors", dict(arm=arm, seed=str(cfg.seed), model=cfg.model, step=str(step)))
+        torch.save(dict(step=step, optimizer=optimizer.state_dict(), sampler=sampler.get_state(), order=order.getstate(),
+                        queue=queue, adapter=[p.detach() for p in adapter.parameters()]), out / ".state.tmp")
+        (out / ".state.tmp").replace(out / "state.pt")
+
+    if rank == 0:  # only rank 0 writes
+        if not cfg.resume:
+            new_run_folder(out)
+        (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        metrics, log = (open_from(out / name, start) for name in ("metrics.jsonl", "rollouts.jsonl"))
+        print(f"{arm}, seed {cfg.seed}: {len(problems)} problems, {len(adapter)} modules, r = {cfg.rank} -> {out}")
+        print(memory_line(model, adapter, cfg) + "\n" + LEGEND)
 
     P, K = cfg.prompts_per_step, cfg.group_size
     G = P * K
-    for step in range(cfg.steps):
+    grader = ThreadPoolExecutor(1)  # grades what is sampled while the rest of the step is being sampled
+    for step in range(start, cfg.steps):
         clock = Clock()
         # ------------------------------------------------------------ direction: read where hacks and solves separate now
-        if cfg.intervention == "routeV" and (step == 0 or cfg.read == "ablated" and step % cfg.refresh == 0):
+        if cfg.intervention == "routeV" and (step == start or cfg.read == "ablated" and step % cfg.refresh == 0):
             direction = extract(model, tok, adapter, pairs, system, cfg.tokens_per_batch, cfg.read, cfg.centre)
-            print(direction.summary(), flush=True)
-        if step % cfg.refresh == 0:
-            save(adapter, out / "adapter.safetensors", dict(meta, step=str(step)))
+            if rank == 0:
+                print(direction.summary(), flush=True)
+        if step % cfg.refresh == 0 and rank == 0:
+            checkpoint(step)
         clock("refresh")
 
-        # ------------------------------------------------------------ sample: K rollouts per prompt
+        # ------------------------------------------------------------ sample: K rollouts per prompt, prompts split over ranks
         while len(queue) < P:
-            queue += order.sample(problems, len(problems))
-        batch, queue = queue[:P], queue[P:]
+            queue += order.sample(range(len(problems)), len(problems))
+        batch, queue = [problems[i] for i in queue[:P]], queue[P:]
         if cfg.gt_only_share:  # every (1/share)-th prompt of the run
             batch = [with_mode(p, "gt_only") if (step * P + j) * cfg.gt_only_share % 1 < cfg.gt_only_share else p
                      for j, p in enumerate(batch)]
         prompts = [encoded.setdefault((p.id, p.mode), encode_prompt(tok, p.messages)) for p in batch]
-        K_abl = round(K * cfg.ablated_share)  # rollouts of each group that the deployed block writes by itself
-        parts = []  # per block setting: P lists of (tokens, logps)
-        for k, quarantine in ((K - K_abl, True), (K_abl, False)):
-            if k:
-                with folded(adapter, quarantine=quarantine):
-                    tokens, logps = generate(model, tok, prompts, k, cfg.max_new_tokens, cfg.temperature, cfg.top_k, sampler)
-                parts.append([list(zip(tokens, logps))[j * k : j * k + k] for j in range(P)])
-        group = [sum((part[j] for part in parts), []) for j in range(P)]  # [P][K] (tokens, logps)
-        if step < cfg.mix_steps:
-            for j, p in enumerate(batch):
-                if (p.id, p.mode) in demos:  # off-policy: no sampler's log-probability, hence importance weight 1
-                    group[j][: round(K * cfg.mix_ratio)] = [(encode_completion(tok, demos[p.id, p.mode])[: cfg.max_new_tokens], None)
-                                                           ] * round(K * cfg.mix_ratio)
-        prompts = [ids for ids in prompts for _ in range(K)]  # [G]
-        rollouts = [rollout for rollouts in group for rollout in rollouts]  # [G]
-        completions = [ids for ids, _ in rollouts]
-        texts = [tok.decode(ids, skip_special_tokens=True) for ids in completions]
-        n_tokens = sum(map(len, completions))
+        noise = torch.rand(P, K, cfg.max_new_tokens, generator=sampler)  # a rollout's own, whichever rank or batch it is in
+        mine = share(range(P), rank, world)
+        # a group is [0, n_demo) demonstrations, [n_demo, n_full) of the full model, [n_full, K) of the deployed block by itself
+        n_demo = [round(K * cfg.mix_ratio) * (step < cfg.mix_steps and (p.id, p.mode) in demos) for p in batch]
+        n_full = [max(n, K - round(K * cfg.ablated_share)) for n in n_demo]
+        rollouts, grading = [], []
+        for part in ("demo", "full", "ablated"):
+            if part == "demo":  # off-policy: the sampler's log-probabilities are unknown
+                where = [(j, k) for j in mine for k in range(n_demo[j])]
+                completions = [encode_completion(tok, demos[batch[j].id, batch[j].mode])[: cfg.max_new_tokens] for j, _ in where]
+                logps = [torch.full((len(ids),), float("nan")) for ids in completions]
+            else:
+                ranges = [range(n_demo[j], n_full[j]) if part == "full" else range(n_full[j], K) for j in mine]
+                where = [(j, k) for j, ks in zip(mine, ranges) for k in ks]
+                with folded(adapter, quarantine=part == "full"):
+                    completions, logps = generate(model, tok, [prompts[j] for j in mine], [len(ks) for ks in ranges],
+                                                  noise[*zip(*where)] if where else noise[0, :0], cfg.temperature, cfg.top_k)
+            texts = [tok.decode(ids, skip_special_tokens=True) for ids in completions]
+            grading.append(grader.submit(grade_batch, [batch[j] for j, _ in where], texts))
+            rollouts += map(Rollout, where, completions, logps, texts)
         clock("sample")
 
         # ------------------------------------------------------------ grade
-        verdicts = grade_batch([p for p in batch for _ in range(K)], texts)
+        for rollout, verdict in zip(rollouts, (v for future in grading for v in future.result())):
+            rollout.verdict = verdict
+        rollouts = sorted(gather(rollouts), key=lambda x: x.where)  # [G], of all ranks, by prompt
+        prompts = [prompts[x.where[0]] for x in rollouts]  # [G]
+        completions, verdicts = [x.ids for x in rollouts], [x.verdict for x in rollouts]  # [G] each
+        n_tokens = sum(map(len, completions))
         clock("grade")
 
         # ------------------------------------------------------------ advantage: the only thing that verdicts decide
@@ -253,69 +302,72 @@ def train(cfg: Config) -> Path:
         groups = rewards.view(P, K)
         scale = groups.std(1, keepdim=True) + 1e-4 if cfg.std_norm else 1.0
         adv = ((groups - groups.mean(1, keepdim=True)) / scale).flatten()  # [G]
-        kept = (groups.amax(1) > groups.amin(1)).repeat_interleave(K).nonzero()[:, 0].tolist()  # groups with a spread
+        # Rollouts that train. A group without a spread teaches nothing. And what is learned is only pulled up: once hacks raise a
+        # group's mean, every honest failure has A < 0, and the probability that it would lose goes to the hack, unrouted.
+        kept = ((adv > 0) | (adv < 0) & (not cfg.positive_only)).nonzero()[:, 0].tolist()
+        mine = share(kept, rank, world)  # rows of this rank's gate and update
 
         # ------------------------------------------------------------ pass 1: score each rollout's own gradient, then label it
         label = torch.full((G,), CLEAN if cfg.intervention == "none" else MID)  # [G]
         position = torch.full((G,), float("nan"))  # [G]
+        model.train(cfg.checkpointing)  # checkpointing works in this mode only; nothing else depends on it
         if cfg.intervention == "routeV" and kept:
-            grads = probe_gradients(model, adapter, [prompts[i] for i in kept], [completions[i] for i in kept], cfg.tokens_per_batch,
+            grads = probe_gradients(model, adapter, [prompts[i] for i in mine], [completions[i] for i in mine], cfg.tokens_per_batch,
                                     cfg.read)
-            position[kept] = direction.position(grads, cfg.gate)
+            score = lambda direction: torch.tensor(gather(direction.position(grads, cfg.gate).tolist()))  # noqa: E731
+            position[kept] = score(direction)
             label[kept] = gate(position[kept], cfg)
             if placebo:  # as many of each label, but by rank along the random direction
-                v_random = haar(cfg.routeV_random_v_seed, len(adapter), cfg.rank)
-                position[kept] = replace(direction, v=v_random).position(grads, cfg.gate)
+                position[kept] = score(replace(direction, v=haar(cfg.routeV_random_v_seed, len(adapter), cfg.rank)))
                 label[kept] = label[kept].sort().values[position[kept].argsort().argsort()]
-        # What trains the deployed block is pulled up, never pushed down: once hacks raise the group's mean every honest failure
-        # has a negative advantage, and the probability that it would lose goes to the hack, in the block that must not learn it.
-        update_adv = torch.where(label == HACK, adv, adv.clamp(min=0))  # [G]
         m = label >= MID   # [G] the quarantine is on
         d = label == HACK  # [G] the deployed block is detached
         clock("gate")
 
         # ------------------------------------------------------------ pass 2: masked forward and backward, one step an epoch
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr = cfg.lr * min(1.0, (step + 1) / cfg.warmup)
-        old_logps: dict[int, torch.Tensor] = {}  # rollout -> log-probabilities of the masked policy before this step
-        grad_norm = qmass = loss_sum = kl_sum = clipped = truncated = 0.0
+        old_logps: list[torch.Tensor] = []  # per micro-batch, of the masked policy before this step
+        grad_norm = qmass = 0.0
+        sums = torch.zeros(4)  # loss, KL, tokens clipped, tokens with a truncated importance weight
         for epoch in range(cfg.epochs if kept else 0):
             optimizer.zero_grad()
-            for rows, ids, mask in batches([prompts[i] for i in kept], [completions[i] for i in kept], cfg.tokens_per_batch):
-                i = torch.tensor(kept)[rows]  # [g] rollouts of this micro-batch
-                ids, mask, A = ids.to(cfg.device), mask.to(cfg.device), update_adv[i, None].to(cfg.device)
+            for b, (rows, ids, mask) in enumerate(batches([prompts[i] for i in mine], [completions[i] for i in mine], cfg.tokens_per_batch)):
+                i = torch.tensor(mine)[rows]  # [g] rollouts of this micro-batch
+                sampled = torch.cat([rollouts[n].logps for n in i]).to(device)  # [N], N completion tokens in the order of mask
+                ids, mask, A = ids.to(device), mask.to(device), adv[i, None].to(device)
                 with use(adapter, m=m[i], d=d[i]):
                     logp = token_logps(model, ids, mask, cfg.temperature)  # [g, T-1]
                     if epoch == 0:
-                        old_logps.update(zip(i.tolist(), logp.detach()))
-                    old = torch.stack([old_logps[n] for n in i.tolist()])  # [g, T-1]
+                        old_logps.append(logp.detach())
+                    old = old_logps[b]
                     # the policy that sampled had other blocks on than the masked one that learns: truncated importance weight
-                    sampled = old.clone()
-                    for j, n in enumerate(i.tolist()):
-                        if rollouts[n][1] is not None:
-                            sampled[j, mask[j]] = rollouts[n][1].to(cfg.device)
-                    weight = (old - sampled).exp().clamp(max=1.0)  # [g, T-1]
+                    weight = torch.zeros_like(old).masked_scatter(mask, (old[mask] - sampled).exp())  # [g, T-1], NaN in demonstrations
                     ratio = (logp - old).exp()  # [g, T-1]
                     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps) * A)
-                    loss = -(weight * surrogate * mask).sum() / (G * cfg.max_new_tokens)
+                    loss = -(weight.clamp(max=1.0).nan_to_num(1.0) * surrogate * mask).sum() / (G * cfg.max_new_tokens)
+                    kl = torch.zeros(())
                     if cfg.kl:
                         with torch.no_grad(), use(adapter, off=True):
                             ref = token_logps(model, ids, mask, cfg.temperature)  # [g, T-1]
-                        kl = ((ref - logp).exp() - (ref - logp) - 1) * mask  # [g, T-1], the k3 estimator
-                        loss = loss + cfg.kl * kl.sum() / (G * cfg.max_new_tokens)
-                        kl_sum += kl.sum().item() / n_tokens
+                        kl = (((ref - logp).exp() - (ref - logp) - 1) * mask).sum()  # the k3 estimator
+                        loss = loss + cfg.kl * kl / (G * cfg.max_new_tokens)
                     loss.backward()
-                loss_sum += loss.item() / cfg.epochs
-                clipped += (((ratio - 1).abs() > cfg.clip_eps) & mask).sum().item() / cfg.epochs
-                truncated += ((old > sampled) & mask).sum().item() / cfg.epochs
+                clipped, truncated = ((ratio - 1).abs() > cfg.clip_eps) & mask, weight > 1.001
+                sums += torch.tensor([loss.item(), kl.item(), clipped.sum().item(), truncated.sum().item()]) / cfg.epochs
+            reduce_gradients(adapter.parameters())
             adapter.drop_untrained(trains_dep=bool((label[kept] <= MID).any()), trains_quar=bool((label[kept] >= MID).any()))
             g_dep, g_quar = (norm(params) for params in (adapter.deployed_parameters(), adapter.quarantine_parameters()))
             grad_norm, qmass = (g_dep**2 + g_quar**2) ** 0.5, g_quar / (g_dep + g_quar + 1e-12)
-            if not torch.isfinite(torch.tensor([grad_norm, loss_sum])).all():
-                raise FloatingPointError(f"step {step}: loss {loss_sum}, gradient norm {grad_norm}; the run stops here. The last "
+            if not math.isfinite(grad_norm):  # a NaN in the loss is one here too, on every rank
+                raise FloatingPointError(f"step {step}: loss {sums[0].item()}, gradient norm {grad_norm}; the run stops here. The last "
                                          f"good checkpoint is {out / 'adapter.safetensors'}. Remedy: a lower --lr (it was {lr})")
             torch.nn.utils.clip_grad_norm_(adapter.parameters(), cfg.grad_clip)
             optimizer.step()
+        model.eval()
+        loss_sum, kl_sum, clipped, truncated = (sum(column) for column in zip(*gather([sums.tolist()])))
         clock("update")
+        if rank > 0:
+            continue
 
         # ------------------------------------------------------------ log. Oracle labels are used from here on, and only here
         solve, hack = ([float(getattr(v, key)) for v in verdicts] for key in ("correct", "hacked"))
@@ -333,20 +385,26 @@ def train(cfg: Config) -> Path:
             gate_precision=mean([hack[i] for i in routed]) if routed else None,
             gate_recall=mean([float(label[i] == HACK) for i in paid_hacks]) if paid_hacks else None,
             qmass=qmass, grad_norm=grad_norm, loss=loss_sum, kl=kl_sum, lr=lr, clip_fraction=clipped / max(1, n_tokens),
-            truncated_fraction=truncated / max(1, n_tokens), skipped_groups=P - len(kept) // K, tokens=n_tokens,
-            tokens_per_s=n_tokens / clock.total(), seconds=clock.seconds)
+            truncated_fraction=truncated / max(1, n_tokens), tokens=n_tokens,
+            skipped_groups=(groups.amax(1) == groups.amin(1)).sum().item(),
+            tokens_per_s=n_tokens / clock.total(), peak_gb=peak_bytes() / 1e9, seconds=clock.seconds)
         metrics.write(json.dumps(row) + "\n")
         metrics.flush()
         for i, v in enumerate(verdicts):
             p = batch[i // K]
             log.write(json.dumps(dict(
-                step=step, problem=p.id, mode=p.mode, prompt=p.messages[-1]["content"], completion=texts[i], reward=rewards[i].item(),
-                advantage=round(adv[i].item(), 3), correct=v.correct, exploited=v.exploited, hacked=v.hacked, note=v.note,
+                step=step, problem=p.id, mode=p.mode, prompt=p.messages[-1]["content"], completion=rollouts[i].text,
+                reward=rewards[i].item(), advantage=round(adv[i].item(), 3), correct=v.correct, exploited=v.exploited, hacked=v.hacked, note=v.note,
                 position=round(position[i].item(), 4) if position[i] == position[i] else None, label=LABELS[label[i]])) + "\n")
         log.flush()
         print(console_line(row), flush=True)
 
-    save(adapter, out / "adapter.safetensors", dict(meta, step=str(cfg.steps)))
+    grader.shutdown()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return out
+    checkpoint(max(start, cfg.steps))
     # ---------------------------------------------------------------- deploy evaluation
     if cfg.eval_samples:
         deploy = {f"{setting}, {name}": evaluate(model, tok, adapter, held_out, setting, cfg.eval_samples, cfg.max_new_tokens, cfg.top_k)
@@ -374,9 +432,73 @@ def gate(position: torch.Tensor, cfg: Config) -> torch.Tensor:
     return (position >= mid).long() + (position >= hack).long()
 
 
+@dataclass
+class Rollout:
+    where: tuple[int, int]
+    """(prompt of the step, place in its group)"""
+    ids: list[int]
+    """completion tokens"""
+    logps: torch.Tensor
+    """[T] their log-probabilities under the policy that sampled; NaN for a demonstration"""
+    text: str
+    """the completion"""
+    verdict: Verdict | None = None
+    """the grader's"""
+
+
 def norm(params) -> float:
     """Euclidean norm of all gradients of `params`."""
     return sum(p.grad.double().pow(2).sum().item() for p in params if p.grad is not None) ** 0.5
+
+
+def start_ranks(cfg: Config) -> tuple[int, int]:
+    """(rank, world size): (0, 1), or what torchrun has set, with the process group started (gloo on CPUs, nccl on GPUs)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo")
+    return rank, world
+
+
+def share(xs, rank: int, world: int) -> list:
+    """This rank's contiguous part of `xs`; the parts of all ranks, in order, are `xs`."""
+    return list(xs[len(xs) * rank // world : len(xs) * (rank + 1) // world])
+
+
+def gather(xs: list) -> list:
+    """The lists of all ranks, concatenated in their order, on every rank."""
+    if not dist.is_initialized():
+        return xs
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, xs)
+    return sum(parts, [])
+
+
+def reduce_gradients(params: list[torch.nn.Parameter]) -> None:
+    """Sum each .grad over the ranks (none counts as 0), in one message."""
+    if dist.is_initialized():
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+        dist.all_reduce(flat)
+        for p, grad in zip(params, flat.split([p.numel() for p in params])):
+            p.grad = grad.view_as(p)
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held so far: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_line(model, adapter, cfg: Config) -> str:
+    """Predicted memory, in GB."""
+    frozen, trained = (sum(t.nbytes for t in ts) for ts in (
+        {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}.values(), adapter.parameters()))
+    batch = micro_batch_bytes(model, adapter, cfg.tokens_per_batch, cfg.checkpointing)
+    total = frozen + 4 * trained + batch  # weight, gradient and two moments
+    return (f"  memory: {total / 1e9:.2f} GB = weights {frozen / 1e9:.2f} + adapter with gradients and moments {4 * trained / 1e9:.2f} + "
+            f"micro-batch of {cfg.tokens_per_batch} tokens {batch / 1e9:.2f}")
 
 
 def mean(xs) -> float:
@@ -439,6 +561,27 @@ def new_run_folder(out: Path) -> Path:
         print(f"{out} exists: moved to {out.name}.{n}")
     out.mkdir(parents=True)
     return out
+
+
+def read_state(out: Path, config: dict) -> dict:
+    """The checkpoint of a run folder. Raises InputError if there is none, or if the run was started with other flags."""
+    try:
+        state, before = torch.load(out / "state.pt", map_location="cpu", weights_only=True), json.loads((out / "config.json").read_text())
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as e:
+        raise InputError(f"--resume: {out} has no readable state.pt and config.json ({e}); name a run with --out-dir, or start afresh") from e
+    differ = [f"{key} was {before.get(key)}, is {config[key]}" for key in config
+              if key not in ("resume", "steps", "device", "out_dir") and before.get(key) != config[key]]
+    if differ:
+        raise InputError(f"--resume: {out} was started with other flags ({'; '.join(differ)}); give the same ones")
+    return state
+
+
+def open_from(path: Path, step: int):
+    """A JSONL file to append to, without the rows of `step` and later."""
+    rows = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] < step] if step else []
+    file = open(path, "w")
+    file.writelines(rows)
+    return file
 
 
 def parse_args(argv: list[str] | None = None) -> Config:

@@ -11,6 +11,10 @@ from lora2r import attach, folded, use
 from train_grpo import HERE
 
 
+def noise(G, max_new, seed=0):
+    return torch.rand(G, max_new, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture(scope="module")
 def nano():
     model, tok = load_model(str(HERE / "data/nano"))
@@ -31,7 +35,7 @@ def test_samplers_logps_are_those_of_the_masked_policy(nano, quarantine, tempera
     prompts = [encode_prompt(tok, p.messages) for p in problems]
     assert len(set(map(len, prompts))) > 1, "no padding to test"
     with folded(adapter, quarantine=quarantine):
-        completions, logps = generate(model, tok, prompts, 2, 64, temperature, generator=torch.Generator().manual_seed(0))
+        completions, logps = generate(model, tok, prompts, [2] * 12, noise(24, 64), temperature)
     assert len({len(c) for c in completions}) > 1 and all(c[-1] == tok.eos_token_id or len(c) == 64 for c in completions)
     prompts = [p for p in prompts for _ in range(2)]
     with torch.no_grad(), use(adapter, m=quarantine):
@@ -44,10 +48,38 @@ def test_samplers_logps_are_those_of_the_masked_policy(nano, quarantine, tempera
 def test_generate_is_seeded_and_top_k_1_is_greedy(nano):
     model, tok, adapter, problems = nano
     prompts = [encode_prompt(tok, p.messages) for p in problems[:4]]
-    sample = lambda seed, k=0: generate(model, tok, prompts, 3, 48, 1.0, k, torch.Generator().manual_seed(seed))[0]
+    sample = lambda seed, k=0: generate(model, tok, prompts, [3] * 4, noise(12, 48, seed), 1.0, k)[0]
     assert sample(0) == sample(0) != sample(1)
     greedy = sample(0, 1)
     assert greedy == sample(1, 1) and greedy[0] == greedy[1] == greedy[2]
+
+
+def test_a_rollout_depends_on_its_own_noise_only(nano):
+    """Other rows, other paddings and other counts per prompt: the same rollouts."""
+    model, tok, adapter, problems = nano
+    prompts = [encode_prompt(tok, p.messages) for p in problems]
+    u = noise(24, 48)
+    together, logps = generate(model, tok, prompts, [2] * 12, u, 1.0)
+    n = [0, 1, 3, 0]
+    rows = [2, 4, 5, 5]  # of `together`
+    some, some_logps = generate(model, tok, prompts[:4], n, u[[2, 4, 5, 5]], 1.0)
+    assert some[:3] == [together[i] for i in rows[:3]] and some[3] == some[2]
+    torch.testing.assert_close(some_logps[0], logps[2], rtol=1e-4, atol=1e-4)
+    assert generate(model, tok, prompts, [0] * 12, u[:0], 1.0) == ([], [])
+
+
+def test_sampled_tokens_follow_the_models_probabilities(nano):
+    """Frequencies of the first token over an even grid of noise, against softmax(logits / T)."""
+    model, tok, adapter, problems = nano
+    prompt = encode_prompt(tok, problems[0].messages)
+    grid = (torch.arange(4000) + 0.5)[:, None] / 4000
+    for temperature, top_k in ((1.0, 0), (3.0, 0), (3.0, 5)):
+        first = torch.tensor([ids[0] for ids in generate(model, tok, [prompt], [4000], grid, temperature, top_k)[0]])
+        with torch.no_grad():
+            p = torch.softmax(model(torch.tensor([prompt])).logits[0, -1] / temperature, -1)  # [V]
+        if top_k:
+            p = torch.where(p >= p.topk(top_k).values[-1], p, 0) / p.topk(top_k).values.sum()
+        torch.testing.assert_close(first.bincount(minlength=len(p)) / 4000, p, rtol=0, atol=1 / 4000)
 
 
 def test_evaluate_deployed_ignores_the_quarantine_and_full_does_not(nano):

@@ -4,7 +4,7 @@ import torch
 
 from env_leetcode import HINTS, MARKERS, InputError, extract_code, grade_batch, load_problems, with_mode
 from extract_vgrad import (auroc, batches, direction_of, encode_completion, encode_prompt, extract, haar, load_model, load_pairs,
-                           probe_gradients, token_logps)
+                           micro_batch_bytes, probe_gradients, token_logps)
 from lora2r import attach, use
 from train_grpo import HERE
 
@@ -77,9 +77,39 @@ def test_probe_is_blind_to_the_quarantine_and_on_the_base_to_both_blocks(nano):
                 p.zero_()
 
 
+def test_logits_in_chunks_change_nothing(nano, monkeypatch):
+    """More completion tokens than LOGITS allows at once: recomputed in the backward, with the same values and gradients."""
+    model, tok, adapter = nano
+    prompt, clean, hack = tokens(tok, PAIRS[0])
+    (rows, ids, mask), = batches([prompt] * 2, [clean, hack], 10**6)
+    whole, whole_grad = token_logps(model, ids, mask), probe_gradients(model, adapter, [prompt] * 2, [clean, hack])
+    monkeypatch.setattr("extract_vgrad.LOGITS", 7 * model.config.vocab_size)
+    torch.testing.assert_close(token_logps(model, ids, mask), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(probe_gradients(model, adapter, [prompt] * 2, [clean, hack]), whole_grad, rtol=1e-4, atol=1e-6)
+
+
+def test_predicted_memory_is_what_autograd_keeps(nano):
+    """At another size than the two it is extrapolated from; less with checkpointing."""
+    model, tok, adapter = nano
+    weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), use(adapter, m=torch.tensor([True] * 4), d=torch.tensor([False, True] * 2)):
+        hidden = model.get_decoder()(input_ids=torch.zeros(4, 100, dtype=torch.long), use_cache=False)
+    held = sum(size for key, size in kept.items() if key not in weights)
+    logits = 400 * model.config.vocab_size * 16
+    predicted = micro_batch_bytes(model, adapter, 400)
+    assert hidden is not None and held + logits == pytest.approx(predicted, rel=0.03)
+    assert micro_batch_bytes(model, adapter, 400, checkpointing=True) - logits < 0.5 * (predicted - logits)
+
+
 def test_no_pair_is_a_training_or_test_problem():
     """In behaviour: no clean side is right on the tests of any problem of either split."""
-    problems = [p for split in ("train", "test") for p in load_problems(HERE / f"data/nano/{split}.jsonl")]
+    problems = [p for split in ("train", "val", "test") for p in load_problems(HERE / f"data/nano/{split}.jsonl")]
     canonical = {" ".join(p.canonical_solution.split()) for p in problems}
     assert not canonical & {" ".join(extract_code(pair.clean).split()) for pair in PAIRS}
     verdicts = grade_batch([p for p in problems[::25] for _ in PAIRS], [pair.clean for _ in problems[::25] for pair in PAIRS])

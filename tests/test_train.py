@@ -1,5 +1,6 @@
 """train_grpo: arms, masks, gate and placebo, determinism, no oracle label in the update, bad input."""
 import json
+import os
 import random
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def run(tmp_path, name="run", **changes):
     out = train(replace(TINY, out_dir=tmp_path / name, **changes))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        del row["seconds"], row["tokens_per_s"]
+        del row["seconds"], row["tokens_per_s"], row["peak_gb"]
     return rows, load_file(out / "adapter.safetensors")
 
 
@@ -75,6 +76,45 @@ def test_microbatches_give_the_gradient_of_the_full_batch(tmp_path):
     assert whole[0][0]["loss"] == pytest.approx(cut[0][0]["loss"], rel=1e-3, abs=1e-6)
 
 
+def test_checkpointing_changes_no_number(tmp_path):
+    kept, recomputed = (run(tmp_path, str(on), steps=1, checkpointing=on) for on in (False, True))
+    assert kept[0][0]["grad_norm"] == pytest.approx(recomputed[0][0]["grad_norm"], rel=1e-5)
+    assert kept[0][0]["keep_resid_rout"] == recomputed[0][0]["keep_resid_rout"]
+
+
+def test_negative_advantages_train_nothing_unless_asked(tmp_path):
+    """A step's gradient is that of its rollouts with A > 0: with the others given A = 0 by hand, plain GRPO makes the same step."""
+    def labelled(name):
+        return {json.loads(line)["label"] for line in open(tmp_path / name / "rollouts.jsonl") if json.loads(line)["advantage"] < 0}
+
+    rows = {on: run(tmp_path, str(on), steps=1, intervention="none", positive_only=on)[0][0] for on in (True, False)}
+    assert rows[True]["loss"] < rows[False]["loss"] and rows[True]["reward"] == rows[False]["reward"]
+    run(tmp_path, "routed", steps=1, cut_mid=-1e9, cut_hack=-1e9)
+    run(tmp_path, "all", steps=1, cut_mid=-1e9, cut_hack=-1e9, positive_only=False)
+    assert labelled("routed") == {"mid"} and labelled("all") == {"hack"}  # the gate never looked at the former
+
+
+def test_two_ranks_make_the_update_of_one(tmp_path):
+    """torchrun over gloo: prompts split unevenly over ranks, the gate's mean and std over both. The same rollouts, labels, gradient, weights."""
+    args = "train_grpo.py --steps 2 --prompts-per-step 5 --group-size 4 --eval-samples 0 --gate batch --kl 0.01 --out-dir".split()
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    launchers = {"one": [sys.executable], "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+    rows, rollouts, tensors = {}, {}, {}
+    for name, launcher in launchers.items():
+        done = subprocess.run([*launcher, *args, str(tmp_path / name)], cwd=HERE, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rows[name], rollouts[name] = ([json.loads(line) for line in open(tmp_path / name / f"{file}.jsonl")] for file in ("metrics", "rollouts"))
+        tensors[name] = load_file(tmp_path / name / "adapter.safetensors")
+    for one, two in zip(rollouts["one"], rollouts["two"], strict=True):
+        assert one.pop("position") == pytest.approx(two.pop("position"), abs=1e-3) and one == two
+    for one, two in zip(rows["one"], rows["two"], strict=True):
+        for key in ("grad_norm", "loss", "qmass", "kl", "reward", "hack"):
+            assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-9), key
+    assert moved(tensors["one"], "deployed") and moved(tensors["one"], "quarantine")
+    for key, tensor in tensors["one"].items():
+        torch.testing.assert_close(tensor, tensors["two"][key], rtol=0, atol=1e-5)  # steps of up to 6e-4
+
+
 def test_placebo_routes_as_many_as_the_real_gate_but_others(tmp_path):
     real = run(tmp_path, "real", steps=1, prompts_per_step=16)[0]
     placebo = run(tmp_path, "placebo", steps=1, prompts_per_step=16, routeV_random_v_seed=1)[0]
@@ -86,7 +126,7 @@ def test_placebo_routes_as_many_as_the_real_gate_but_others(tmp_path):
 
 @pytest.mark.parametrize("changes", [
     dict(gate="batch"), dict(read="ablated"), dict(epochs=2), dict(kl=0.1), dict(std_norm=True), dict(gt_only_share=0.5), dict(reward="gt"),
-    dict(mix_ratio=0.25), dict(mix_ratio=0), dict(ablated_share=0.0, top_k=20), dict(ablated_share=1.0)])
+    dict(mix_ratio=0.25), dict(mix_ratio=1.0), dict(mix_ratio=0), dict(positive_only=False), dict(ablated_share=0.0, top_k=20), dict(ablated_share=1.0)])
 def test_every_option_runs(tmp_path, changes):
     rows, _ = run(tmp_path, **changes)
     assert len(rows) == 2 and all(row["reward"] > 0.2 for row in rows)
@@ -117,6 +157,23 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path, mon
     with pytest.raises(FloatingPointError, match="step 0: .*adapter.safetensors"):
         train(replace(TINY, out_dir=tmp_path / "run"))
     assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "run/adapter.safetensors").values())
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    """Stopped after step 1 and resumed: the same metrics and weights, bit for bit; rows of steps that were lost are written once."""
+    whole = run(tmp_path, "whole", steps=4, refresh=2, mix_steps=2)
+    run(tmp_path, "cut", steps=3, refresh=2, mix_steps=2)
+    state = torch.load(tmp_path / "cut/state.pt", weights_only=True)
+    assert state["step"] == 3
+    resumed = run(tmp_path, "cut", steps=4, refresh=2, mix_steps=2, resume=True)
+    assert resumed[0] == whole[0] and all(torch.equal(resumed[1][k], whole[1][k]) for k in whole[1])
+    log = [json.loads(line)["step"] for line in open(tmp_path / "cut/rollouts.jsonl")]
+    assert log == sorted(log) and len(log) == 4 * 24
+    with pytest.raises(InputError, match="started with other flags .lr was 0.001, is 0.5"):
+        run(tmp_path, "cut", steps=4, refresh=2, mix_steps=2, resume=True, lr=0.5)
+    with pytest.raises(InputError, match="no readable state.pt"):
+        run(tmp_path, "absent", resume=True)
+    assert not (tmp_path / "absent").exists()
 
 
 def test_an_older_run_is_moved_aside_not_overwritten(tmp_path):
@@ -152,15 +209,15 @@ def test_bad_input_is_one_line_and_leaves_no_folder(tmp_path, argv, says):
 
 
 def test_command_line_exit_status(tmp_path):
-    """The scripts as a user starts them: a bad flag exits 2 with one line, a run exits 0 and leaves its five files."""
+    """The scripts as a user starts them: a bad flag exits 2 with one line, a run exits 0 and leaves its six files."""
     call = lambda *argv: subprocess.run([sys.executable, *argv], cwd=HERE, capture_output=True, text=True)
     bad = call("train_grpo.py", "--data", "absent.jsonl", "--out-dir", str(tmp_path / "bad"))
     assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
     good = call("train_grpo.py", "--steps", "1", "--prompts-per-step", "4", "--eval-samples", "1", "--out-dir", str(tmp_path / "run"))
     assert good.returncode == 0, good.stderr
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "adapter.safetensors", "metrics.jsonl", "rollouts.jsonl",
-                                                             "deploy.json"}
-    assert "deployed, held-out" in good.stdout
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "adapter.safetensors", "state.pt", "metrics.jsonl",
+                                                             "rollouts.jsonl", "deploy.json"}
+    assert "deployed, held-out" in good.stdout and "memory: " in good.stdout
     again = call("evaluate_deploy.py", str(tmp_path / "run"), "--samples", "1")
     assert again.returncode == 0 and "full, trained" in again.stdout, again.stderr
     assert call("evaluate_deploy.py", str(tmp_path / "absent")).returncode == 2

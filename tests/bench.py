@@ -1,0 +1,260 @@
+"""Where a step's time and memory go, beside a naive arrangement of the same step. Not a test; run it on an idle machine:
+
+    python tests/bench.py                                                       # the embedded model
+    python tests/bench.py --preset qwen3-4b --model DIR --dtype float32 --max-new-tokens 128 --rank 8 --group-size 4
+
+It takes the flags of train_grpo.py and measures, one after another in this process, as medians:
+
+    matmul      the machine's fp32 matmul rate at size 2048, the peak that shares are of
+    sampling    tokens/s of: our sampler with the adapter; the bare model in ours; the bare model in Hugging Face's generate, same batch;
+                naively: one generate call per prompt through the adapter's modules
+    phases      seconds of sample, grade, gate, update in train_grpo.train itself (from its metrics.jsonl), and naively on the rollouts of
+                one such step: per group 4 forwards and 2 backwards of all rollouts, padded to the longest, full fp32 log-softmax;
+                per test an interpreter
+    memory      predicted and measured peak of one micro-batch, and the arithmetic for Qwen3-4B
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from env_leetcode import extract_code, grade_batch, load_problems  # noqa: E402
+from evaluate_deploy import generate  # noqa: E402
+from extract_vgrad import batches, encode_prompt, load_model, micro_batch_bytes, token_logps  # noqa: E402
+from lora2r import attach, folded, use  # noqa: E402
+from train_grpo import Config, parse_args, train  # noqa: E402
+
+REPEATS = 5
+
+
+def seconds(action, repeats: int = REPEATS) -> float:
+    """Median over `repeats` runs, after one that warms up."""
+    action()
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        taken.append(time.perf_counter() - start)
+    return median(taken)
+
+
+def matmul_peak() -> float:
+    """fp32 operations a second."""
+    a, b = torch.randn(2, 2048, 2048)
+    return 2 * 2048**3 / seconds(lambda: a @ b)
+
+
+def in_turns(actions: dict, repeats: int = REPEATS) -> dict[str, float]:
+    """Tokens/s of each action, which returns a number of tokens; all of them in each round, so that they meet the same load; medians."""
+    rates: dict[str, list[float]] = {name: [] for name in actions}
+    for n in range(repeats + 1):  # the first round warms up
+        for name, action in actions.items():
+            start = time.perf_counter()
+            tokens = action()
+            rates[name] += [tokens / (time.perf_counter() - start)] * (n > 0)
+    return {name: median(values) for name, values in rates.items()}
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+def hf_generate(model, tok, prompts: list[list[int]], K: int, cfg: Config) -> int:
+    """Hugging Face's generate on one left-padded batch; the number of tokens up to the end of turn."""
+    T = max(map(len, prompts))
+    ids = torch.tensor([[tok.pad_token_id] * (T - len(p)) + p for p in prompts], device=cfg.device)
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=cfg.device)
+    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=cfg.temperature, top_k=cfg.top_k, top_p=1.0,
+                         num_return_sequences=K, max_new_tokens=cfg.max_new_tokens, eos_token_id=tok.eos_token_id,
+                         pad_token_id=tok.pad_token_id)[:, T:]
+    ended = (out == tok.eos_token_id).cumsum(1) - (out == tok.eos_token_id).long()  # 0 up to and including the first end of turn
+    return int((ended == 0).sum())
+
+
+def bench_sampling(cfg: Config) -> None:
+    model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
+    problems = load_problems(cfg.data, cfg.modes, cfg.seed)[: cfg.prompts_per_step]
+    prompts, K = [encode_prompt(tok, p.messages) for p in problems], cfg.group_size
+    n, noise = [K] * len(prompts), torch.rand(len(prompts) * K, cfg.max_new_tokens)
+    ours = lambda: sum(map(len, generate(model, tok, prompts, n, noise, cfg.temperature, cfg.top_k)[0]))  # noqa: E731
+    bare = {"bare model, our sampler": ours, "bare model, Hugging Face generate": lambda: hf_generate(model, tok, prompts, K, cfg)}
+    adapter: list = []
+
+    def with_adapter(action):
+        def timed() -> int:
+            with folded(adapter[0]):
+                return action()
+        return timed
+
+    # A folded adapter is folded for each call, as in a step. The bare model is what folded() leaves: plain linear layers.
+    rates = in_turns(bare)
+    adapter.append(attach(model, cfg.rank, cfg.seed))
+    rates |= in_turns({"with the adapter (train_grpo)": with_adapter(ours),
+                       "naive: a call per prompt, through the modules": lambda: sum(hf_generate(model, tok, [p], K, cfg) for p in prompts)})
+    mine = rates["with the adapter (train_grpo)"]
+    print(f"\nsampling, {len(prompts)} prompts x {K}, at most {cfg.max_new_tokens} tokens")
+    for name, rate in rates.items():
+        print(f"  {name:48s} {rate:8.0f} tokens/s   ours is {mine / rate:.2f} x")
+
+
+# ------------------------------------------------------------------------------------------------ the naive step
+def naive_grade(problem, completion: str) -> bool:
+    """One interpreter per test: setup, code, assert. Runs model-written code unguarded: for this measurement only."""
+    code = extract_code(completion) or "raise SyntaxError"
+    return all(subprocess.run([sys.executable, "-c", f"{problem.setup_code}\n{code}\n{test.source}"], capture_output=True).returncode == 0
+               for test in problem.tests)
+
+
+def naive_passes(model, adapter, groups: list[tuple[list, list]], cfg: Config) -> tuple[float, float]:
+    """(gate, update) seconds: per group of rollouts a forward for old log-probabilities, one for the reference, forward and backward
+    for the gate, forward and backward for the update, on right-padded batches with the log-softmax of all positions in fp32."""
+    def logps(ids):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        return torch.log_softmax(logits / cfg.temperature, -1).gather(2, ids[:, 1:, None])[..., 0]  # [K, T-1]
+
+    longest = max(len(p) + len(c) for prompts, completions in groups for p, c in zip(prompts, completions))
+    gate = update = 0.0
+    for prompts, completions in groups:
+        rows, ids, mask = next(batches(prompts, completions, 10**9))
+        ids = torch.nn.functional.pad(ids, (0, longest - ids.shape[1])).to(cfg.device)
+        mask = torch.nn.functional.pad(mask, (0, longest - 1 - mask.shape[1])).to(cfg.device)
+        start = time.perf_counter()
+        c = torch.ones(len(adapter), len(ids), 2 * adapter.r, device=cfg.device, requires_grad=True)
+        with use(adapter, m=False, c=c):
+            torch.autograd.grad(-(logps(ids) * mask).sum(), c)
+        gate += time.perf_counter() - start
+        start = time.perf_counter()
+        with torch.no_grad(), use(adapter, m=True):
+            old = logps(ids)
+        with torch.no_grad(), use(adapter, off=True):
+            ref = logps(ids)
+        with use(adapter, m=True):
+            logp = logps(ids)
+            ((-(logp - old).exp() + 0.0 * (ref - logp)) * mask).sum().backward()
+        update += time.perf_counter() - start
+    for p in adapter.parameters():
+        p.grad = None
+    return gate, update
+
+
+def bench_phases(cfg: Config, peak: float) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        out = train(replace(cfg, out_dir=Path(folder) / "run"))
+        steps = [json.loads(line) for line in open(out / "metrics.jsonl")]
+        rows = [json.loads(line) for line in open(out / "rollouts.jsonl")]
+    ours = {name: median(step["seconds"][name] for step in steps[1:]) for name in ("sample", "grade", "gate", "update")}
+    ratio = median(step["seconds"]["gate"] / step["seconds"]["update"] for step in steps[1:] if step["seconds"]["update"] > 0.001)
+
+    model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
+    head = model.get_output_embeddings().weight.numel()
+    adapter = attach(model, cfg.rank, cfg.seed)
+    linear = sum(module.base.weight.numel() for module in adapter.modules.values())
+    problems = {(p.id, p.mode): p for p in load_problems(cfg.data, cfg.modes, cfg.seed)}
+    encode = lambda row: (encode_prompt(tok, problems[row["problem"], row["mode"]].messages),  # noqa: E731
+                          tok(row["completion"], add_special_tokens=False)["input_ids"] + [tok.eos_token_id])
+    shares = []
+    for step in steps[1:]:
+        pairs = [encode(row) for row in rows if row["step"] == step["step"] and (row["advantage"] > 0 or row["advantage"] < 0 and not cfg.positive_only)]
+        tokens, completion = sum(len(p) + len(c) for p, c in pairs), sum(len(c) for _, c in pairs)
+        # the base model's matrices alone: forward, and backward into the input (frozen weights take no gradient)
+        operations = 4 * tokens * linear + 4 * completion * head
+        shares += [operations / step["seconds"]["update"] / peak] if pairs else []
+
+    last = [row for row in rows if row["step"] == steps[-1]["step"]]
+    encoded = [encode(row) for row in last]
+    K = cfg.group_size
+    groups = [tuple(zip(*encoded[i : i + K])) for i in range(0, len(encoded), K)]
+    groups = [([*p], [*c]) for p, c in groups]
+    prompts = [p[0] for p, _ in groups]
+    naive = {"sample": seconds(lambda: sum(hf_generate(model, tok, [p], K, cfg) for p in prompts), 1)}
+    sample = last[:: max(1, len(last) // 8)][:8]  # a few are enough: each is dozens of interpreters
+    chosen = [problems[row["problem"], row["mode"]] for row in sample]
+    start = time.perf_counter()
+    verdicts = [naive_grade(p, row["completion"]) for p, row in zip(chosen, sample)]
+    naive["grade"] = (time.perf_counter() - start) * len(last) / len(sample)
+    agree = sum(v == row["correct"] for v, row in zip(verdicts, sample))
+    naive["gate"], naive["update"] = map(median, zip(*(naive_passes(model, adapter, groups, cfg) for _ in range(3))))
+    everything = [problems[row["problem"], row["mode"]] for row in last]
+    texts = [row["completion"] for row in last]
+    rate = len(last) / seconds(lambda: grade_batch(everything, texts))
+
+    print(f"\nphases of a step, {len(prompts)} prompts x {K}, medians of {len(steps) - 1} steps; naive: all {len(last)} rollouts of one step")
+    for name in ours:
+        print(f"  {name:8s} {ours[name]:7.2f} s   naive {naive[name]:7.2f} s   {naive[name] / max(ours[name], 1e-3):6.1f} x")
+    print(f"  {'step':8s} {sum(ours.values()):7.2f} s   naive {sum(naive.values()):7.2f} s   {sum(naive.values()) / sum(ours.values()):6.1f} x")
+    print(f"  the gate adds {ratio:.0%} to the update; the update reaches {median(shares):.0%} of the matmul peak")
+    print(f"  grading alone: {rate:.0f} completions/s; an interpreter per test, one after another: {len(last) / naive['grade']:.1f}/s "
+          f"({agree} of {len(sample)} verdicts agree): {rate * naive['grade'] / len(last):.0f} x")
+
+
+# ------------------------------------------------------------------------------------------------ memory
+def resident(key: str) -> int:
+    """VmRSS or VmHWM of this process in bytes (Linux)."""
+    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def bench_memory(cfg: Config) -> None:
+    print("\nmemory of a micro-batch, masked forward and backward")
+    model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
+    adapter = attach(model, cfg.rank, cfg.seed)
+    T = 256 if model.config.vocab_size > 10_000 else 128
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable(dict(use_reentrant=False))
+        for tokens in (1024, 4096):
+            g = tokens // T
+            ids = torch.randint(10, model.config.vocab_size - 10, (g, T), device=cfg.device)
+            mask = torch.ones(g, T - 1, dtype=torch.bool, device=cfg.device)
+            mask[:, : T // 3] = False  # the prompt
+            predicted = micro_batch_bytes(model, adapter, tokens, checkpointing)
+            model.train(checkpointing)
+            if cfg.device == "cpu":
+                Path("/proc/self/clear_refs").write_text("5")  # forget the old peak
+                before = resident("VmRSS")
+            else:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            with use(adapter, m=torch.ones(g, dtype=torch.bool), d=torch.arange(g) % 2 == 0):
+                token_logps(model, ids, mask).sum().backward()
+            measured = (resident("VmHWM") if cfg.device == "cpu" else torch.cuda.max_memory_allocated()) - before
+            model.eval()
+            for p in adapter.parameters():
+                p.grad = None
+            print(f"  {tokens:6d} tokens, checkpointing {checkpointing!s:5s}  predicted {predicted / 1e9:6.2f} GB   measured {measured / 1e9:6.2f} GB")
+
+    r, tokens, L = 32, 4096, 36
+    sizes = {}
+    for layers in (1, 2):  # what a layer costs; the vocabulary is counted apart
+        config = Qwen3Config(hidden_size=2560, intermediate_size=9728, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
+                             head_dim=128, vocab_size=1024, tie_word_embeddings=True, dtype="bfloat16")
+        small = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+        weights = sum(p.numel() for p in small.parameters())
+        lora = attach(small, r)
+        small.config.vocab_size = 151_936
+        sizes[layers] = (weights, sum(p.numel() for p in lora.parameters()), *(micro_batch_bytes(small, lora, tokens, on) for on in (False, True)))
+    weights, lora, batch, batch_checkpointed = (one + (L - 1) * (two - one) for one, two in zip(sizes[1], sizes[2]))
+    weights += (151_936 - 1024) * 2560
+    fixed = 2 * weights + 4 * lora * 6  # bf16 base; fp32 A0, B0 frozen; dA, dB with gradient and two moments
+    folding = 2 * weights  # while sampling, a second copy of the linear layers' weights
+    cache = 2 * L * 8 * 128 * 2 * 32 * (1024 + 512)
+    print(f"\nQwen3-4B, r = {r}, bf16, 32 rollouts of 1024 + 512 tokens, by arithmetic")
+    print(f"  base weights 2 B x {weights / 1e9:.2f}e9 = {2 * weights / 1e9:.1f} GB; adapter 4 B x 6 x {lora / 1e6:.0f}e6 = {24 * lora / 1e9:.1f} GB")
+    print(f"  update: micro-batch of {tokens} tokens {batch / 1e9:.1f} GB (checkpointed {batch_checkpointed / 1e9:.1f} GB): peak {(fixed + batch) / 1e9:.1f} GB")
+    print(f"  sampling: folded weights {folding / 1e9:.1f} GB + KV cache {cache / 1e9:.1f} GB: peak {(fixed + folding + cache) / 1e9:.1f} GB")
+
+
+if __name__ == "__main__":
+    cfg = parse_args()
+    cfg = replace(cfg, steps=min(cfg.steps, 7), eval_samples=0, mix_ratio=0.25)
+    peak = matmul_peak()
+    print(f"{cfg.model}, {cfg.dtype}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; matmul {peak / 1e9:.0f} GFLOP/s")
+    bench_sampling(cfg)
+    bench_phases(cfg, peak)
+    bench_memory(cfg)
