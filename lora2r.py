@@ -87,7 +87,7 @@ class ReadProbe(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         h, B0 = ctx.saved_tensors
-        return g, ((g @ B0) * h).sum(1, dtype=torch.float32), None, None
+        return g, ((g @ B0) * h).sum(1, dtype=torch.promote_types(g.dtype, torch.float32)), None, None
 
 
 @dataclass(frozen=True, eq=False)
