@@ -83,7 +83,7 @@ def test_checkpointing_changes_no_number(tmp_path):
 
 
 def test_negative_advantages_train_nothing_unless_asked(tmp_path):
-    """A step's gradient is that of its rollouts with A > 0: with the others given A = 0 by hand, plain GRPO makes the same step."""
+    """They are out of the loss, and the gate does not label them; under --no-positive-only they are in both."""
     def labelled(name):
         return {json.loads(line)["label"] for line in open(tmp_path / name / "rollouts.jsonl") if json.loads(line)["advantage"] < 0}
 
