@@ -106,8 +106,8 @@ def micro_batch_bytes(model, adapter: Adapter, tokens: int, checkpointing: bool 
     """Predicted peak of what a masked forward and backward of `tokens` padded tokens adds to the memory of weights and optimizer.
 
     What autograd keeps is counted, not modelled: two small forwards give a constant (the adapter's concatenated matrices) and a
-    slope in bytes per token. At its peak all of it is alive beside the logits of one chunk and their log-softmax. A checkpointed layer
-    keeps its input only, and one layer at a time is there in full.
+    slope in bytes per token. At its peak all of it is alive beside one chunk of logits, as if every token were a completion's. A
+    checkpointed layer keeps its input only, and one layer at a time is there in full: an upper bound, as that comes after the logits.
     """
     weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: list[dict[int, int]] = []
@@ -129,7 +129,7 @@ def micro_batch_bytes(model, adapter: Adapter, tokens: int, checkpointing: bool 
     if checkpointing:
         itemsize = next(model.parameters()).element_size()
         constant, slope = constant / layers, slope / layers + layers * width * itemsize
-    logits = min(tokens * model.config.vocab_size, LOGITS) * (3 * 4 + next(model.parameters()).element_size())
+    logits = min(tokens * model.config.vocab_size, LOGITS) * 3 * 4  # log-softmax and two gradients, float32
     return int(constant + tokens * slope + logits)
 
 

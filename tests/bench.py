@@ -20,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -198,34 +200,43 @@ def resident(key: str) -> int:
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def bench_memory(cfg: Config) -> None:
-    print("\nmemory of a micro-batch, masked forward and backward")
+def micro_batch_peak(cfg: Config, tokens: int, checkpointing: bool) -> tuple[int, int]:
+    """(predicted, measured) bytes that a masked forward and backward adds. To be run in a process of its own: what another case has
+    freed would still count as resident."""
     model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
     adapter = attach(model, cfg.rank, cfg.seed)
-    T = 256 if model.config.vocab_size > 10_000 else 128
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.activation_checkpointing_enable(dict(use_reentrant=False))
-        for tokens in (1024, 4096):
-            g = tokens // T
-            ids = torch.randint(10, model.config.vocab_size - 10, (g, T), device=cfg.device)
-            mask = torch.ones(g, T - 1, dtype=torch.bool, device=cfg.device)
-            mask[:, : T // 3] = False  # the prompt
-            predicted = micro_batch_bytes(model, adapter, tokens, checkpointing)
-            model.train(checkpointing)
-            if cfg.device == "cpu":
-                Path("/proc/self/clear_refs").write_text("5")  # forget the old peak
-                before = resident("VmRSS")
-            else:
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            with use(adapter, m=torch.ones(g, dtype=torch.bool), d=torch.arange(g) % 2 == 0):
-                token_logps(model, ids, mask).sum().backward()
-            measured = (resident("VmHWM") if cfg.device == "cpu" else torch.cuda.max_memory_allocated()) - before
-            model.eval()
-            for p in adapter.parameters():
-                p.grad = None
-            print(f"  {tokens:6d} tokens, checkpointing {checkpointing!s:5s}  predicted {predicted / 1e9:6.2f} GB   measured {measured / 1e9:6.2f} GB")
+    if checkpointing:
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
+    predicted = micro_batch_bytes(model, adapter, tokens, checkpointing)
+    model.train(checkpointing)
+
+    def pass_2(g: int, T: int) -> None:
+        ids = torch.randint(10, model.config.vocab_size - 10, (g, T), device=cfg.device)
+        mask = torch.ones(g, T - 1, dtype=torch.bool, device=cfg.device)
+        mask[:, : T // 3] = False  # the prompt
+        with use(adapter, m=torch.ones(g, dtype=torch.bool), d=torch.arange(g) % 2 == 0):
+            token_logps(model, ids, mask).sum().backward()
+
+    pass_2(2, 16)  # threads, code and gradients are there before the measurement
+    if cfg.device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # forget the old peak
+        before = resident("VmRSS")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    pass_2(tokens // 128, 128)
+    return predicted, (resident("VmHWM") if cfg.device == "cpu" else torch.cuda.max_memory_allocated()) - before
+
+
+def bench_memory(cfg: Config) -> None:
+    print("\nmemory of a micro-batch, masked forward and backward")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # the C library gives freed blocks back at once: resident is what is alive
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
+        for checkpointing in (False, True):
+            for tokens in (cfg.tokens_per_batch // 4, cfg.tokens_per_batch):
+                predicted, measured = fresh.submit(micro_batch_peak, cfg, tokens, checkpointing).result()
+                print(f"  {tokens:6d} tokens, checkpointing {checkpointing!s:5s}  predicted {predicted / 1e9:6.3f} GB   measured "
+                      f"{measured / 1e9:6.3f} GB   {predicted / measured:.2f} x")
 
     r, tokens, L = 32, 4096, 36
     sizes = {}
