@@ -57,7 +57,7 @@ import time
 import types
 from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Sequence
+from typing import Any, Callable, Literal, NamedTuple, NoReturn, Sequence
 
 IS_ZYGOTE = __name__ == "__main__" and sys.argv[1:2] == ["--zygote"]
 if not IS_ZYGOTE:  # all these import threading, whose handlers would take half a millisecond of every fork
@@ -94,6 +94,15 @@ MIN_CPU = 3  # a run gets this many seconds of CPU, or four times the canonical 
 
 class InputError(ValueError):
     """Bad input from the user. The message is one line: where (file, line, field or flag), value, remedy. Exit status 2."""
+
+
+def run_script(main: Callable[[Any], Any], config: Any) -> NoReturn:
+    """Run main(config) and exit: 0; 1 if it returned False or met a NaN; 2 for bad input. Errors are one line on stderr."""
+    try:
+        sys.exit(int(main(config) is False))
+    except (InputError, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, InputError) else 1)
 
 
 class Check(NamedTuple):
@@ -1082,8 +1091,4 @@ def main(config: Config) -> bool:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        sys.exit(0 if main(tyro.cli(Config, description=__doc__)) else 1)
-    except InputError as error:
-        print(f"env_leetcode.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, tyro.cli(Config, description=__doc__))

@@ -13,7 +13,6 @@ Intervals are 95 % Wilson intervals with n = the number of problems, as the samp
 """
 import json
 import math
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ import tyro
 from torch import Tensor
 from transformers import DynamicCache
 
-from env_leetcode import InputError, Problem, grade_batch, load_problems
+from env_leetcode import InputError, Problem, grade_batch, load_problems, run_script
 from extract_vgrad import encode_prompt, load_model
 from lora2r import Adapter, attach, folded, load, peek
 
@@ -208,9 +207,4 @@ def write_deploy(folder: Path, arm: str, seed: int, results: dict) -> None:
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Config, description=__doc__)
-    try:
-        main(config)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, tyro.cli(Config, description=__doc__))

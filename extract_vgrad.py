@@ -16,7 +16,6 @@ Shapes: G rollouts, T tokens (padded), P pairs, M adapted modules, r block rank.
 Source: gradient routing, Cloud et al. 2024 (arXiv 2410.04332), with a direction in the place of a data label.
 """
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from env_leetcode import MODES, InputError
+from env_leetcode import MODES, InputError, run_script
 from lora2r import Adapter, attach, use
 
 
@@ -339,9 +338,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Config, description=__doc__)
-    try:
-        main(config)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, tyro.cli(Config, description=__doc__))

@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from env_leetcode import DEFAULT_MODES, InputError, Verdict, grade_batch, load_problems, with_mode
+from env_leetcode import DEFAULT_MODES, InputError, Verdict, grade_batch, load_problems, run_script, with_mode
 from evaluate_deploy import evaluate, format_table, generate, write_deploy
 from extract_vgrad import (auroc, batches, encode_completion, encode_prompt, extract, haar, load_model, load_pairs,
                            micro_batch_bytes, probe_gradients, token_logps)
@@ -596,12 +596,4 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 if __name__ == "__main__":
-    cfg = parse_args()
-    try:
-        train(cfg)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+    run_script(train, parse_args())

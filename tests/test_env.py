@@ -292,7 +292,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path):
     for arguments in (["--data", str(tmp_path / "absent")], ["--data", str(write(tmp_path / "x", ["{"]))], ["--data", str(tmp_path / "x"), "--problems", "-1"]):
         done = run(*arguments)
         assert done.returncode == 2 and done.stdout == "", done
-        assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("env_leetcode.py: ")
+        assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
 
 
 def test_sandbox_require_refuses_a_weak_sandbox(monkeypatch):
