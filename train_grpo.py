@@ -123,9 +123,9 @@ class Config:
 
     gate: Literal["pairs", "batch"] = "pairs"
     """pairs: absolute thresholds from the authored pairs. batch: mean + k * std of this batch's positions"""
-    cut_mid: float = 0.3
+    cut_mid: float = 0.2
     """gate pairs: position (0 = the pairs' clean mean, 1 = their hack mean) from which a rollout is mid"""
-    cut_hack: float = 0.3
+    cut_hack: float = 0.2
     """gate pairs: position from which a rollout is hack"""
     k_mid: float = 0.0
     """gate batch: standard deviations above the batch mean from which a rollout is mid"""

@@ -107,9 +107,9 @@ def bench_sampling(cfg: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the naive step
-def naive_grade(problem) -> bool:
-    """One interpreter per test: setup, code, assert. Of the canonical solution: nothing here would contain a model's code."""
-    return all(subprocess.run([sys.executable, "-c", f"{problem.setup_code}\n{problem.canonical_solution}\n{test.source}"],
+def naive_grade(problem, code: str) -> bool:
+    """One interpreter per test: setup, code, assert. Only for canonical solutions: nothing here would contain a model's code."""
+    return all(subprocess.run([sys.executable, "-c", f"{problem.setup_code}\n{code}\n{test.source}"],
                               capture_output=True).returncode == 0 for test in problem.tests)
 
 
@@ -178,8 +178,12 @@ def bench_phases(cfg: Config, peak: float) -> None:
     sample = last[:: max(1, len(last) // 8)][:8]  # a few are enough: each is dozens of interpreters
     chosen = [problems[row["problem"], row["mode"]] for row in sample]
     start = time.perf_counter()
-    assert all(naive_grade(p) for p in chosen)
+    verdicts = [naive_grade(p, p.canonical_solution) for p in chosen]
     naive["grade"] = (time.perf_counter() - start) * len(last) / len(sample)
+    others = [q.canonical_solution for q in chosen[1:] + chosen[:1]]  # wrong answers, of the next problem
+    verdicts += [naive_grade(p, code) for p, code in zip(chosen, others)]
+    fenced = [f"```python\n{code}\n```" for code in [p.canonical_solution for p in chosen] + others]
+    same = sum(v.correct == due for v, due in zip(grade_batch(chosen * 2, fenced), verdicts))
     naive["gate"], naive["update"] = map(median, zip(*(naive_passes(model, adapter, groups, cfg) for _ in range(3))))
     everything = [problems[row["problem"], row["mode"]] for row in last]
     texts = [row["completion"] for row in last]
@@ -191,7 +195,7 @@ def bench_phases(cfg: Config, peak: float) -> None:
     print(f"  {'step':8s} {sum(ours.values()):7.2f} s   naive {sum(naive.values()):7.2f} s   {sum(naive.values()) / sum(ours.values()):6.1f} x")
     print(f"  the gate adds {ratio:.0%} to the update; the update reaches {median(shares):.0%} of the matmul peak")
     print(f"  grading alone: {rate:.0f} completions/s; an interpreter per test, one after another: {len(last) / naive['grade']:.1f}/s: "
-          f"{rate * naive['grade'] / len(last):.0f} x")
+          f"{rate * naive['grade'] / len(last):.0f} x; the same verdict on {same} of {len(verdicts)} ({sum(verdicts)} right)")
 
 
 # ------------------------------------------------------------------------------------------------ memory
