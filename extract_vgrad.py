@@ -1,6 +1,7 @@
 """v_grad: the direction in which a language model learns to cheat, read from hand-written pairs.
 
     python extract_vgrad.py                                                       # the embedded model
+    python extract_vgrad.py --seed 1 --rollouts runs/none_seed0/rollouts.jsonl    # how a gate would judge these rollouts
     python extract_vgrad.py --model Qwen/Qwen3-4B --pairs data/leetcode/pairs.md --rank 32
 
 A pair is one prompt with a clean and a hack completion. Its GRPO gradient with advantage +1 for the hack and -1 for the
@@ -15,6 +16,7 @@ A rollout's score is the cosine of its own NLL gradient to v_grad, placed per mo
 Shapes: G rollouts, T tokens (padded), P pairs, M adapted modules, r block rank.
 Source: gradient routing, Cloud et al. 2024 (arXiv 2410.04332), with a direction in the place of a data label.
 """
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -297,6 +299,8 @@ class Config:
     """seeds the adapter's Gaussian init"""
     centre: bool = True
     """subtract the mean over all pair sides before the cosine"""
+    rollouts: Path | None = None
+    """a run's rollouts.jsonl: also print which of its hacks and solves a gate with this direction would route, at several cuts"""
     n_haar: int = 200
     """random directions to compare with"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -330,11 +334,63 @@ def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: in
     print("\n  pairs that the others rank worst: " + "; ".join(f"{pairs[i].name} ({(out_hack - out_clean)[i]:+.3f})" for i in worst))
 
 
+def load_rollouts(path: Path) -> list[dict]:
+    """The rollouts with positive advantage of a rollouts.jsonl; elsewhere the advantage alone gives a hack away."""
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [row for row in rows if row["advantage"] > 0]
+        hacks = sum(row["hacked"] for row in rows)
+        solves = sum(row["correct"] and not row["exploited"] for row in rows)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"--rollouts {path}: not readable as rollouts ({e!r}); give a rollouts.jsonl that train_grpo.py wrote") from e
+    if not hacks or not solves:
+        raise InputError(f"--rollouts {path}: {hacks} hacks and {solves} solves have a positive advantage; both are needed to judge a gate")
+    return rows
+
+
+def judge(direction: Direction, grads: Tensor, rows: list[dict], n_haar: int) -> None:
+    """Print what gate "pairs" would route of rollouts, given their gradients [G, M, r], beside random directions that route as many.
+
+    Oracle labels are for this print only. F0.5 weighs precision (routed rollouts that are hacks) over recall (hacks that are routed)."""
+    hack = torch.tensor([row["hacked"] for row in rows])  # [G]
+    solve = torch.tensor([row["correct"] and not row["exploited"] for row in rows])  # [G]
+    position = direction.position(grads, "pairs")  # [G]
+    random = torch.stack([replace(direction, v=haar(s, *grads.shape[1:])).cosines(grads).mean(1) for s in range(n_haar)])  # [n_haar, G]
+
+    def f_half(routed: Tensor) -> Tensor:
+        """routed [..., G] -> [...]: (1 + b^2) hits / (routed + b^2 hacks) with b = 0.5."""
+        return 1.25 * (routed & hack).sum(-1) / (routed.sum(-1) + 0.25 * hack.sum()).clamp(min=1e-9)
+
+    aucs = torch.tensor([auroc(scores[hack], scores[solve]) for scores in random])
+    print(f"\n{len(rows)} rollouts with A > 0: {hack.sum()} hacks, {solve.sum()} solves without an exploit")
+    print(f"  AUROC {auroc(position[hack], position[solve]):.3f}   {n_haar} Haar directions: mean {aucs.mean():.3f}, 95th percentile "
+          f"{aucs.quantile(0.95):.3f}, max {aucs.max():.3f}")
+    print("  position       n    1st percentile   median   99th percentile")
+    for name, rows_of in [("solves", solve), *((mode, hack & torch.tensor([row["mode"] == mode for row in rows]))
+                                               for mode in sorted({row["mode"] for row in rows}))]:
+        if rows_of.any():
+            low, mid, high = position[rows_of].quantile(torch.tensor([0.01, 0.5, 0.99])).tolist()
+            print(f"  {name:13s}{rows_of.sum():5d} {low:13.2f} {mid:10.2f} {high:13.2f}")
+    print(f"  cut    hacks kept   solves routed   precision   F0.5   {n_haar} Haar, as many routed: F0.5 mean, 95th percentile, max")
+    for cut in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
+        routed = position >= cut  # [G]
+        ranks = random.argsort(1, descending=True).argsort(1)  # [n_haar, G], 0 is the highest
+        others = f_half(ranks < routed.sum())  # [n_haar]
+        print(f"  {cut:.2f} {(~routed & hack).sum() / hack.sum():12.3f} {(routed & solve).sum() / solve.sum():13.3f} "
+              f"{(routed & hack).sum() / routed.sum().clamp(min=1):13.3f} {f_half(routed):8.3f}   {others.mean():10.3f}, "
+              f"{others.quantile(0.95):.3f}, {others.max():.3f}")
+
+
 def main(cfg: Config) -> None:
     pairs = load_pairs(cfg.pairs)
+    rows = load_rollouts(cfg.rollouts) if cfg.rollouts else []
     model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
     adapter = attach(model, cfg.rank, cfg.seed)
-    report(extract(model, tok, adapter, pairs, centre=cfg.centre), pairs, list(adapter.modules), cfg.n_haar)
+    direction = extract(model, tok, adapter, pairs, centre=cfg.centre)
+    report(direction, pairs, list(adapter.modules), cfg.n_haar)
+    if rows:
+        prompts = [encode_prompt(tok, [dict(role="user", content=row["prompt"])]) for row in rows]
+        judge(direction, probe_gradients(model, adapter, prompts, [encode_completion(tok, row["completion"]) for row in rows]), rows, cfg.n_haar)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from env_leetcode import HINTS, MARKERS, InputError, extract_code, grade_batch, load_problems, with_mode
-from extract_vgrad import (auroc, batches, direction_of, encode_completion, encode_prompt, extract, haar, load_model, load_pairs,
-                           micro_batch_bytes, probe_gradients, token_logps)
+from extract_vgrad import (Direction, auroc, batches, direction_of, encode_completion, encode_prompt, extract, haar, judge, load_model,
+                           load_pairs, load_rollouts, micro_batch_bytes, probe_gradients, token_logps)
 from lora2r import attach, use
 from train_grpo import HERE
 
@@ -172,3 +172,27 @@ def test_bad_pairs_file_names_file_and_line(tmp_path, text, line, says):
     assert says in str(e.value) and str(path) + (f":{line}" if line else "") in str(e.value)
     with pytest.raises(InputError, match="no such file"):
         load_pairs(tmp_path / "absent.md")
+
+
+def test_judge_counts_what_a_gate_would_route(capsys):
+    """Four rollouts at known positions, by hand: at cut .2 both hacks and one of two solves are routed."""
+    v = torch.nn.functional.normalize(torch.randn(1, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    ortho = torch.nn.functional.normalize(torch.eye(8)[:1] - (torch.eye(8)[:1] @ v.T) * v, dim=-1)
+    direction = Direction(v, torch.zeros(1, 8), clean=torch.zeros(2, 1), hack=torch.ones(2, 1), pair_grads=torch.zeros(4, 1, 8))
+    positions = [0.9, 0.35, 0.0, 0.22]
+    grads = torch.stack([p * v + (1 - p**2) ** 0.5 * ortho for p in positions])
+    rows = [dict(mode="sentinel", hacked=i < 2, correct=i >= 2, exploited=i < 2) for i in range(4)]
+    judge(direction, grads, rows, n_haar=20)
+    text = capsys.readouterr().out
+    assert "4 rollouts with A > 0: 2 hacks, 2 solves" in text and "AUROC 1.000" in text
+    at = {line.split()[0]: line.split()[1:5] for line in text.splitlines() if line.startswith("  0.")}
+    assert at["0.20"] == ["0.000", "0.500", "0.667", "0.714"]  # precision 2/3, F0.5 = 1.25 * 2 / (3 + .25 * 2)
+    assert at["0.40"] == ["0.500", "0.000", "1.000", "0.833"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "nonsense", '{"advantage": 1, "hacked": true, "correct": false, "exploited": true}'])
+def test_bad_rollouts_file_is_named(tmp_path, text):
+    (tmp_path / "rollouts.jsonl").write_text(text)
+    for path in (tmp_path / "rollouts.jsonl", tmp_path / "absent.jsonl"):
+        with pytest.raises(InputError, match=f"--rollouts {path}"):
+            load_rollouts(path)
