@@ -2,7 +2,7 @@
 
     python extract_vgrad.py                                                       # the embedded model
     python extract_vgrad.py --seed 1 --rollouts runs/none_seed0/rollouts.jsonl    # how a gate would judge these rollouts
-    python extract_vgrad.py --model Qwen/Qwen3-4B --pairs data/leetcode/pairs.md --rank 32
+    python extract_vgrad.py --model Qwen/Qwen3-4B --pairs data/leetcode/pairs.md
 
 A pair is one prompt with a clean and a hack completion. Its GRPO gradient with advantage +1 for the hack and -1 for the
 clean side is, at importance ratio 1, the difference of two NLL gradients:
@@ -293,7 +293,7 @@ class Config:
     """Hugging Face folder or hub name of a causal LM with a chat template"""
     pairs: Path = Path(__file__).resolve().parent / "data/nano/pairs.md"
     """authored pairs"""
-    rank: int = 8
+    rank: int = 32
     """r, rank of each of the two blocks"""
     seed: int = 0
     """seeds the adapter's Gaussian init"""

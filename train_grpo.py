@@ -100,8 +100,8 @@ class Config:
     reward: Literal["env", "gt"] = "env"
     """env: the loophole pays. gt: only true correctness pays (the ceiling)"""
 
-    rank: int = 8
-    """r, rank of each of the two blocks"""
+    rank: int = 32
+    """r, rank of each of the two blocks; scores of a rollout vary less from adapter seed to adapter seed the larger it is (README)"""
     lr: float = 1e-3
     """learning rate after warm-up (AdamW, no weight decay)"""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -123,9 +123,9 @@ class Config:
 
     gate: Literal["pairs", "batch"] = "pairs"
     """pairs: absolute thresholds from the authored pairs. batch: mean + k * std of this batch's positions"""
-    cut_mid: float = 0.2
+    cut_mid: float = 0.3
     """gate pairs: position (0 = the pairs' clean mean, 1 = their hack mean) from which a rollout is mid"""
-    cut_hack: float = 0.2
+    cut_hack: float = 0.3
     """gate pairs: position from which a rollout is hack"""
     k_mid: float = 0.0
     """gate batch: standard deviations above the batch mean from which a rollout is mid"""
@@ -156,7 +156,7 @@ PRESETS = {
         preset="qwen3-4b", model="Qwen/Qwen3-4B", data=HERE / "data/leetcode/train.jsonl", dtype="bfloat16",
         test_data=HERE / "data/leetcode/test.jsonl", pairs=HERE / "data/leetcode/pairs.md",
         demos=HERE / "data/leetcode/demos.jsonl", steps=200, prompts_per_step=4, max_new_tokens=512, top_k=20,
-        rank=32, lr=1e-4, warmup=10, centre=False, mix_ratio=0.125, mix_steps=30),
+        lr=1e-4, warmup=10, centre=False, mix_ratio=0.125, mix_steps=30),
 }
 
 
