@@ -1,7 +1,7 @@
 """Where a step's time and memory go, beside a naive arrangement of the same step. Not a test; run it on an idle machine:
 
     python tests/bench.py                                                       # the embedded model
-    python tests/bench.py --preset qwen3-4b --model DIR --dtype float32 --max-new-tokens 128 --rank 8 --group-size 4
+    python tests/bench.py --preset qwen3-4b --model DIR --dtype float32 --max-new-tokens 128 --group-size 4
 
 It takes the flags of train_grpo.py and measures, one after another in this process, as medians:
 
@@ -81,25 +81,22 @@ def hf_generate(model, tok, prompts: list[list[int]], K: int, cfg: Config) -> in
 
 
 def bench_sampling(cfg: Config) -> None:
-    model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
+    (bare, tok), (model, _) = (load_model(cfg.model, cfg.device, cfg.dtype) for _ in range(2))
+    adapter = attach(model, cfg.rank, cfg.seed)  # its delta is 0: all four sample from one distribution
     problems = load_problems(cfg.data, cfg.modes, cfg.seed)[: cfg.prompts_per_step]
     prompts, K = [encode_prompt(tok, p.messages) for p in problems], cfg.group_size
     n, noise = [K] * len(prompts), torch.rand(len(prompts) * K, cfg.max_new_tokens)
-    ours = lambda: sum(map(len, generate(model, tok, prompts, n, noise, cfg.temperature, cfg.top_k)[0]))  # noqa: E731
-    bare = {"bare model, our sampler": ours, "bare model, Hugging Face generate": lambda: hf_generate(model, tok, prompts, K, cfg)}
-    adapter: list = []
+    ours = lambda model: sum(map(len, generate(model, tok, prompts, n, noise, cfg.temperature, cfg.top_k)[0]))  # noqa: E731
 
-    def with_adapter(action):
-        def timed() -> int:
-            with folded(adapter[0]):
-                return action()
-        return timed
+    def with_adapter() -> int:
+        with folded(adapter):  # for each call, as in a step
+            return ours(model)
 
-    # A folded adapter is folded for each call, as in a step. The bare model is what folded() leaves: plain linear layers.
-    rates = in_turns(bare)
-    adapter.append(attach(model, cfg.rank, cfg.seed))
-    rates |= in_turns({"with the adapter (train_grpo)": with_adapter(ours),
-                       "naive: a call per prompt, through the modules": lambda: sum(hf_generate(model, tok, [p], K, cfg) for p in prompts)})
+    rates = in_turns({
+        "bare model, our sampler": lambda: ours(bare),
+        "bare model, Hugging Face generate": lambda: hf_generate(bare, tok, prompts, K, cfg),
+        "with the adapter (train_grpo)": with_adapter,
+        "naive: a call per prompt, through the modules": lambda: sum(hf_generate(model, tok, [p], K, cfg) for p in prompts)})
     mine = rates["with the adapter (train_grpo)"]
     print(f"\nsampling, {len(prompts)} prompts x {K}, at most {cfg.max_new_tokens} tokens")
     for name, rate in rates.items():
