@@ -140,7 +140,8 @@ def probe_gradients(model, adapter: Adapter, prompts: list[list[int]], completio
     """Each rollout's own NLL gradient at the deployed half of the c-probe: [G, M, r], fp32, on the CPU.
 
     read "base": on the frozen base model, with the adapter at its init. read "ablated": on the present model without its
-    quarantine. (On the full model the quarantine explains the hack away.) The NLL is the mean over the rollout's tokens. autograd.grad asks for the probe alone: no .grad of A or B is touched.
+    quarantine. (On the full model the quarantine explains the hack away.) The NLL is the mean over the rollout's tokens.
+    autograd.grad asks for the probe alone: no .grad of A or B is touched.
     """
     device = next(model.parameters()).device
     out = torch.zeros(len(prompts), len(adapter), adapter.r)  # [G, M, r]
