@@ -10,7 +10,7 @@ It takes the flags of train_grpo.py and measures, one after another in this proc
                 naively: one generate call per prompt through the adapter's modules
     phases      seconds of sample, grade, gate, update in train_grpo.train itself (from its metrics.jsonl), and naively on the rollouts of
                 one such step: per group 4 forwards and 2 backwards of all rollouts, padded to the longest, full fp32 log-softmax;
-                per test an interpreter
+                per test an interpreter. The update's share of the peak counts its matmuls, of base and adapter
     memory      predicted and measured peak of one micro-batch, and the arithmetic for Qwen3-4B
 """
 import json
@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -142,6 +143,18 @@ def naive_passes(model, adapter, groups: list[tuple[list, list]], cfg: Config) -
     return gate, update
 
 
+def update_operations(model, adapter, encoded: list[tuple], labels: list[str], cfg: Config) -> int:
+    """Floating-point operations of the matmuls in one update's masked forward and backward, base and adapter, as torch counts them."""
+    m, d = torch.tensor([label != "clean" for label in labels]), torch.tensor([label == "hack" for label in labels])
+    with FlopCounterMode(display=False) as counter:
+        for rows, ids, mask in batches(*map(list, zip(*encoded)), cfg.tokens_per_batch):
+            with use(adapter, m=m[rows], d=d[rows]):
+                token_logps(model, ids.to(cfg.device), mask.to(cfg.device)).sum().backward()
+    for p in adapter.parameters():
+        p.grad = None
+    return counter.get_total_flops()
+
+
 def bench_phases(cfg: Config, peak: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = train(replace(cfg, out_dir=Path(folder) / "run"))
@@ -151,19 +164,16 @@ def bench_phases(cfg: Config, peak: float) -> None:
     ratio = median(step["seconds"]["gate"] / step["seconds"]["update"] for step in steps[1:] if step["seconds"]["update"] > 0.001)
 
     model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
-    head = model.get_output_embeddings().weight.numel()
     adapter = attach(model, cfg.rank, cfg.seed)
-    linear = sum(module.base.weight.numel() for module in adapter.modules.values())
     problems = {(p.id, p.mode): p for p in load_problems(cfg.data, cfg.modes, cfg.seed)}
     encode = lambda row: (encode_prompt(tok, problems[row["problem"], row["mode"]].messages),  # noqa: E731
                           tok(row["completion"], add_special_tokens=False)["input_ids"] + [tok.eos_token_id])
     shares = []
     for step in steps[1:]:
-        pairs = [encode(row) for row in rows if row["step"] == step["step"] and (row["advantage"] > 0 or row["advantage"] < 0 and not cfg.positive_only)]
-        tokens, completion = sum(len(p) + len(c) for p, c in pairs), sum(len(c) for _, c in pairs)
-        # the base model's matrices alone: forward, and backward into the input (frozen weights take no gradient)
-        operations = 4 * tokens * linear + 4 * completion * head
-        shares += [operations / step["seconds"]["update"] / peak] if pairs else []
+        trained = [row for row in rows if row["step"] == step["step"] and (row["advantage"] > 0 or row["advantage"] and not cfg.positive_only)]
+        if trained:
+            operations = update_operations(model, adapter, [encode(row) for row in trained], [row["label"] for row in trained], cfg)
+            shares.append(operations / step["seconds"]["update"] / peak)
 
     last = [row for row in rows if row["step"] == steps[-1]["step"]]
     encoded = [encode(row) for row in last]
