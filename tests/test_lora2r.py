@@ -424,17 +424,20 @@ def test_probe_gradient_is_the_formula_and_per_rollout():
 
 def test_ablation_equals_never_having_had_the_quarantine():
     ids, modes = tokens(), ["clean", "mid", "hack"]
-    model, adapter = tiny_adapter(dtype=torch.float32, stirred=False)
+    model, adapter = tiny_adapter(stirred=False)
     train(model, adapter, modes)
     with use(adapter, m=False):
         masked = model(ids).logits
-    assert not torch.equal(model(ids).logits, masked)
+    assert not torch.allclose(model(ids).logits, masked, rtol=1e-3)
     ablate(adapter)
-    assert torch.equal(model(ids).logits, masked)
     assert not any(p.any() for p in adapter.quarantine_parameters())
+    # one matmul over both blocks: the quarantine's terms are exactly 0, but the sum may run in another order than without them
+    torch.testing.assert_close(model(ids).logits, masked, rtol=1e-12, atol=1e-12)
+    with use(adapter, m=False):
+        assert torch.equal(model(ids).logits, masked)
 
     # the same deployed block in an adapter whose quarantine never trained
-    never_model, never = tiny_adapter(dtype=torch.float32, stirred=False)
+    never_model, never = tiny_adapter(stirred=False)
     with torch.no_grad():
         for p, q in zip(never.deployed_parameters(), adapter.deployed_parameters()):
             p.copy_(q)
