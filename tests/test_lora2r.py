@@ -332,7 +332,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     with use(adapter, **mode):
         nll(model, ids).sum().backward()
     plain = grads(adapter)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     with use(adapter, **mode):
         nll(model, ids).sum().backward()
