@@ -395,7 +395,8 @@ def train(cfg: Config) -> Path:
             log.write(json.dumps(dict(
                 step=step, problem=p.id, mode=p.mode, prompt=p.messages[-1]["content"], completion=rollouts[i].text,
                 reward=rewards[i].item(), advantage=round(adv[i].item(), 3), correct=v.correct, exploited=v.exploited, hacked=v.hacked, note=v.note,
-                position=round(position[i].item(), 4) if position[i] == position[i] else None, label=LABELS[label[i]])) + "\n")
+                position=round(position[i].item(), 4) if position[i] == position[i] else None,
+                label=LABELS[label[i]] if i in kept else None)) + "\n")  # None: it trains nothing
         log.flush()
         print(console_line(row), flush=True)
 
