@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -259,7 +260,7 @@ HOST = [Case(name, attempt(action), note="refused") for name, action in {
     "symbolic link": "os.symlink('CANARY', 'link')",
     "FIFO": "os.mkfifo('fifo')",
     "/dev/shm": "open('/dev/shm/vgrout', 'w')",
-    "/tmp": "open('/tmp/vgrout-canary', 'w')",
+    "temporary folder": f"open({tempfile.gettempdir() + '/vgrout-canary'!r}, 'w')",
     "chmod of the work folder": "os.chmod('.', 0)",
     "terminal": "open('/dev/tty', 'w')",
     "TCP": "socket.create_connection(('127.0.0.1', 9), 1)",
@@ -431,7 +432,7 @@ def test_case(case: Case, problem: env.Problem, canary: Path):
     assert case.note in verdict.note, verdict
     assert "\n" not in verdict.note and len(verdict.note) < 400
     assert canary.read_text() == "sings" and os.listdir(canary.parent) == ["canary"]
-    assert not os.path.exists("/dev/shm/vgrout") and not os.path.exists("/tmp/vgrout-canary")
+    assert not os.path.exists("/dev/shm/vgrout") and not os.path.exists(tempfile.gettempdir() + "/vgrout-canary")
     assert nothing_left()
     assert env.grade(problem, fenced(HONEST)).correct
 
