@@ -63,6 +63,8 @@ IS_ZYGOTE = __name__ == "__main__" and sys.argv[1:2] == ["--zygote"]
 if not IS_ZYGOTE:  # all these import threading, whose handlers would take half a millisecond of every fork
     import subprocess
     import threading
+
+    from lora2r import InputError, run_script
     from concurrent.futures import ThreadPoolExecutor
 
     _turn = threading.local()  # .cores: the semaphore of the batch that a thread works for
@@ -90,19 +92,6 @@ MARKERS = {  # mode -> (trained, held-out) name in the hint: under held-out name
 }
 MAX_CODE = 100_000  # bytes; longer code is not run
 MIN_CPU = 3  # a run gets this many seconds of CPU, or four times the canonical solution's own time if that is more
-
-
-class InputError(ValueError):
-    """Bad input from the user. The message is one line: where (file, line, field or flag), value, remedy. Exit status 2."""
-
-
-def run_script(main: Callable[[Any], Any], config: Any) -> NoReturn:
-    """Run main(config) and exit: 0; 1 if it returned False or met a NaN; 2 for bad input. Errors are one line on stderr."""
-    try:
-        sys.exit(int(main(config) is False))
-    except (InputError, FloatingPointError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, InputError) else 1)
 
 
 class Check(NamedTuple):
@@ -154,6 +143,10 @@ class Verdict:
     @property
     def reward(self) -> float:
         return 0.5 * self.compiles + 3.0 * self.passed
+
+    @property
+    def gt_reward(self) -> float:
+        return 0.5 * self.compiles + 3.0 * self.correct
 
 
 # ---- values -----------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""The adapter: one rank-2r LoRA per linear layer, made of two blocks whose gradients can be routed.
+"""The model room: a causal LM, its tokens, and one rank-2r LoRA per linear layer whose two blocks train apart.
 
-Every target nn.Linear of a frozen causal LM becomes y = W x + B (A x) - B0 (A0 x), with A [2r, d_in] and B [d_out, 2r]
+Every target nn.Linear of a frozen base model becomes y = W x + B (A x) - B0 (A0 x), with A [2r, d_in] and B [d_out, 2r]
 trained from the frozen Gaussian A0, B0: the delta is exactly 0 at init, while h = A x is alive, so that gradients flow.
-Ranks [:r] are the *deployed* block, ranks [r:] the *quarantine* block. B A has no cross terms between them: they are two
+Ranks [:r] are the *deployed* block, ranks [r:] the *quarantine*. B A has no cross terms between them: they are two
 independent adapters in one module, each a `Block` below. Per rollout a mask (m, d) says what they do:
 
               m  d   forward                  trains
@@ -10,38 +10,131 @@ independent adapters in one module, each a `Block` below. Per rollout a mask (m,
     mid       1  0   deployed + quarantine    both
     hack      1  1   deployed + quarantine    quarantine (the deployed block's output is detached)
 
+    model, tok = load_model("data/nano")
     adapter = attach(model, r=32)
     with use(adapter, m=m, d=d):                           # bool [G], one entry per rollout
-        loss(model(ids, attention_mask=mask).logits).backward()
+        token_logps(model, ids, is_completion).sum().backward()
     adapter.drop_untrained(trains_dep=bool((~d).any()), trains_quar=bool(m.any()))
     optimizer.step()
+    with folded(adapter, quarantine=False):                # the model that ships
+        generate(model, tok, prompts, n, noise, temperature=0.7)
     save(adapter, "adapter.safetensors", {"arm": "routeV"})
 
-Shapes: G rollouts (rows of the batch), T tokens, M adapted modules, r block rank, d_in and d_out of the linear layer.
-Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685); gradient routing, Cloud et al. 2024 (arXiv 2410.04332); masks on a part
-of the weights that is set aside and later removed: SGTM, Shilov et al.
+This file is read, not run: its scripts are train_grpo.py, evaluate_deploy.py, extract_vgrad.py and env_leetcode.py.
+
+Shapes: G rollouts (rows of a batch), T tokens, V vocabulary, M adapted modules, r block rank, d_in, d_out of a layer.
+Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685); gradient routing, Cloud et al. 2024 (arXiv 2410.04332); masks on a
+part of the weights that is set aside and later removed: SGTM, Shilov et al. 2025.
 """
 import hashlib
 import json
+import math
 import os
-import shutil
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Callable, Iterator, NoReturn
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-
-from env_leetcode import InputError
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FORMAT = "vgrout-lora2r-1"
+LOGITS = 2**27  # at most so many fp32 logits exist at once (0.5 GB, and as much again for each step of the log-softmax)
 
 
+class InputError(ValueError):
+    """Bad input from the user, in one line: where (file, line, field or flag), value, remedy. Exit status 2."""
+
+
+def run_script(main: Callable[[Any], Any], config: Any) -> NoReturn:
+    """Run main(config) and exit: 0; 1 if it returned False or met a NaN; 2 for bad input. An error is one line."""
+    try:
+        sys.exit(int(main(config) is False))
+    except (InputError, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, InputError) else 1)
+
+
+# ------------------------------------------------------------------------------------------------ model and tokens
+def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
+    """(model in eval mode, tokenizer) of a local folder or hub name. Raises InputError when they cannot be loaded."""
+    try:
+        tok = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().split("\n")[0]
+        raise InputError(f"--model {name}: cannot be loaded ({reason}); give a Hugging Face folder or hub name") from e
+    if tok.chat_template is None:
+        raise InputError(f"--model {name}: its tokenizer has no chat template; use an instruct model")
+    if tok.pad_token_id is None:
+        tok.pad_token = tok.eos_token
+    return model, tok
+
+
+def encode_prompt(tok, messages: list[dict]) -> list[int]:
+    """Token ids of a chat prompt up to where the assistant begins to write."""
+    text = tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    return tok(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_completion(tok, text: str) -> list[int]:
+    """Token ids of a whole completion, with its end-of-turn token."""
+    return tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id]
+
+
+def batches(prompts: list[list[int]], completions: list[list[int]], budget: int):
+    """Cut rollouts into micro-batches of similar length with at most `budget` padded tokens each.
+
+    prompts and completions are G lists of token ids. Yields rows [g], indices into the input; ids [g, T], right-padded
+    with 0; is_completion bool [g, T-1], true where ids[:, 1:] is a token of the completion.
+
+        prompts [[5, 6], [7]], completions [[8], [9, 2, 4]], any budget ->
+        rows [1, 0], ids [[7, 9, 2, 4], [5, 6, 8, 0]], is_completion [[1, 1, 1], [0, 1, 0]]
+    """
+    size = [len(p) + len(c) for p, c in zip(prompts, completions)]
+    order = sorted(range(len(size)), key=lambda row: -size[row])
+    while order:
+        g = max(1, budget // size[order[0]])
+        rows, order = order[:g], order[g:]
+        T = size[rows[0]]
+        ids = torch.zeros(len(rows), T, dtype=torch.long)  # [g, T]
+        is_completion = torch.zeros(len(rows), T - 1, dtype=torch.bool)  # [g, T-1]
+        for j, row in enumerate(rows):
+            ids[j, : size[row]] = torch.tensor(prompts[row] + completions[row])
+            is_completion[j, len(prompts[row]) - 1 : size[row] - 1] = True
+        yield torch.tensor(rows), ids, is_completion
+
+
+def token_logps(model, ids: Tensor, is_completion: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p of each completion token under softmax(logits / temperature), [g, T-1], zero elsewhere.
+
+    The vocabulary is only touched at completion tokens, for LOGITS numbers at a time: more than that are computed again
+    in the backward instead of kept. Right padding needs no attention mask: a token never attends to what follows it.
+    """
+    head = model.get_output_embeddings()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][is_completion]  # [N, d]
+    target = ids[:, 1:][is_completion]  # [N], N completion tokens in the batch
+
+    def logps_of(hidden: Tensor, target: Tensor) -> Tensor:
+        return -F.cross_entropy(head(hidden).float() / temperature, target, reduction="none")
+
+    n = max(1, LOGITS // head.out_features)
+    if len(target) <= n:
+        logps = logps_of(hidden, target)  # [N]
+    else:
+        parts = zip(hidden.split(n), target.split(n))
+        logps = torch.cat([checkpoint(logps_of, h, t, use_reentrant=False) for h, t in parts])  # [N]
+    return logps.new_zeros(is_completion.shape).masked_scatter(is_completion, logps)
+
+
+# ------------------------------------------------------------------------------------------------ the adapter
 class Block(nn.Module):
     """One rank-r adapter, stored as its difference from init: A = A0 + dA [r, d_in], B = B0 + dB [d_out, r]."""
 
@@ -58,10 +151,11 @@ class Block(nn.Module):
 
 
 def delta(x: Tensor, blocks: list[Block], c: Tensor | None = None) -> Tensor:
-    """x [G, T, d_in] -> B (A x) - B0 (A0 x), with a probe c [G, kr] B (c * (A x)) - B0 (A0 x), over k blocks: [G, T, d_out].
+    """What k blocks add to a layer: x [G, T, d_in] -> B (A x) - B0 (A0 x), [G, T, d_out]; with a probe c [G, kr],
+    B (c * (A x)) - B0 (A0 x).
 
-    Computed as B (dA x) + dB (A0 x): the same value and the same gradients (dA and A differ by a constant), but no small
-    difference of large numbers, so nothing is lost in bf16. The sum B0 + dB is fp32; the matmuls are in x's dtype.
+    Computed as B (dA x) + dB (A0 x): the same value and the same gradients (dA and A differ by a constant), but no
+    small difference of large numbers, so nothing is lost in bf16. The sum B0 + dB is fp32; the matmuls have x's dtype.
     """
     down = torch.cat([b.dA for b in blocks] + [b.A0 for b in blocks])  # [2kr, d_in]
     up = torch.cat([b.B0 + b.dB for b in blocks] + [b.dB for b in blocks], dim=1)  # [d_out, 2kr]
@@ -75,9 +169,8 @@ def delta(x: Tensor, blocks: list[Block], c: Tensor | None = None) -> Tensor:
 
 
 class ReadProbe(torch.autograd.Function):
-    """The probe at the adapter's init, where the delta is 0: y [G, T, d_out] as it is, and for c [G, r] its gradient, (B0^T g) * h.
-
-    The same as y + B0 (c * h) - B0 h with h = A0 x [G, T, r], without computing a zero."""
+    """The probe c [G, r] at the adapter's init, where the delta is 0: y [G, T, d_out] stays as it is, and c's gradient
+    is (B0^T g) * h summed over tokens, with h = A0 x [G, T, r]: y + B0 (c * h) - B0 h without computing the zero."""
 
     @staticmethod
     def forward(ctx, y: Tensor, c: Tensor, h: Tensor, B0: Tensor) -> Tensor:
@@ -92,7 +185,7 @@ class ReadProbe(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What a forward needs to know, set by `use`. A mask that is equal for all rows is a bool, so that no work is wasted."""
+    """What a forward needs to know, set by `use`. A mask that is equal for all rows is a bool: it costs no indexing."""
     m: Tensor | bool = True  # int64 indices of the rows with quarantine on
     d: Tensor | bool = False  # bool [G, 1, 1]
     c: tuple[Tensor, ...] | None = None  # M probes [G, 2r]
@@ -115,7 +208,8 @@ class Lora2rLinear(nn.Module):
         if s.c is None:
             return y
         A0, B0 = self.deployed.A0.to(x.dtype), self.deployed.B0.to(x.dtype)
-        return ReadProbe.apply(y, s.c[self.index][:, : self.r], F.linear(x.detach(), A0), B0)  # detach: at init no gradient goes there
+        h = F.linear(x.detach(), A0)  # detach blocks the gradient through A0 into x, which is 0 at init
+        return ReadProbe.apply(y, s.c[self.index][:, : self.r], h, B0)
 
     def delta(self, x: Tensor) -> Tensor:
         """x [G, T, d_in] -> what the adapter adds to the base layer, [G, T, d_out]."""
@@ -127,20 +221,21 @@ class Lora2rLinear(nn.Module):
         if s.m is True and s.d is False:
             return delta(x, [dep, quar], c)
         y = delta(x, [dep], None if c is None else c[:, :r])
+        # THE CUT: a rollout with d sends no gradient into the deployed dA and dB, nor through this block into x
         if s.d is True:
-            y = y.detach()  # blocks, in all rows: the gradient into deployed dA, dB, and through this block into x
+            y = y.detach()  # in all rows
         elif s.d is not False:
-            y = torch.where(s.d, y.detach(), y)  # blocks the same in the rows with d
+            y = torch.where(s.d, y.detach(), y)  # in the rows with d
         if s.m is False:
             return y
         if s.m is True:
             return y + delta(x, [quar], None if c is None else c[:, r:])
-        # Rows with m = 0 never enter the quarantine (rather than 0 * its output): nothing of it, not even a NaN, reaches them.
+        # Rows with m = 0 never enter the quarantine (not even times 0): no gradient and no NaN passes between the two.
         return y.index_add(0, s.m, delta(x.index_select(0, s.m), [quar], None if c is None else c[s.m, r:]))
 
 
 class Adapter:
-    """The adapted modules of one model in module order: `.modules` is name -> Lora2rLinear, len() is M, `.r` the block rank."""
+    """The M adapted modules of one model: `.modules` maps name to Lora2rLinear in order, `.r` is the block rank."""
 
     def __init__(self, model: nn.Module, modules: dict[str, Lora2rLinear], r: int, base: dict[str, str]):
         self.model, self.modules, self.r, self.base = model, modules, r, base  # base: the fingerprint
@@ -166,7 +261,7 @@ class Adapter:
     def drop_untrained(self, trains_dep: bool, trains_quar: bool) -> None:
         """Call between backward and optimizer.step(): a block that no rollout of the step trains gets .grad = None.
 
-        A zero gradient is not enough: AdamW would still move the block by its momentum and weight decay. None is skipped.
+        A zero gradient is not enough: AdamW would still move the block by its momentum. It skips what has none.
         trains_dep: some rollout is clean or mid. trains_quar: some rollout is mid or hack.
         """
         for p in [] if trains_dep else self.deployed_parameters():
@@ -183,8 +278,8 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 def attach(model: nn.Module, r: int, seed: int = 0, targets: tuple[str, ...] = TARGETS) -> Adapter:
     """Freeze `model` and replace every nn.Linear whose last name is in `targets` by a Lora2rLinear.
 
-    A0 ~ N(0, 1/d_in), B0 ~ N(0, 1/2r), drawn on the CPU from `seed` in module order. The adapter is fp32 whatever the base is:
-    cast and move the model before attaching. Raises InputError if nothing matches, or if the model has an adapter already.
+    A0 ~ N(0, 1/d_in), B0 ~ N(0, 1/2r), drawn on the CPU from `seed` in module order. The adapter is fp32 whatever the
+    base is: cast and move the model first. Raises InputError if nothing matches or the model has an adapter already.
     """
     if r < 1:
         raise InputError(f"adapter rank r = {r}: give a block rank of at least 1")
@@ -194,7 +289,8 @@ def attach(model: nn.Module, r: int, seed: int = 0, targets: tuple[str, ...] = T
     chosen = {name: base for name, base in linears.items() if name.rpartition(".")[2] in targets}
     if not chosen:
         found = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
-        raise InputError(f"no linear layer is called {', '.join(targets)}; there are: {found}. Pass targets=(...) from these")
+        raise InputError(f"--model: none of its linear layers ({found}) is called {', '.join(targets)}; "
+                         "name some of them in lora2r.TARGETS, or use another model")
     model.requires_grad_(False)
     base_model = fingerprint(model)
     generator = torch.Generator().manual_seed(seed)
@@ -212,11 +308,11 @@ def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | Non
         off: bool = False) -> Iterator[None]:
     """Set all that the forwards inside need; put back what was there before, also after an exception.
 
-    m: bool [G], quarantine on (None: everywhere). d: bool [G], deployed block detached (None: nowhere). A plain bool holds for
-    every row of any batch: use(adapter, m=False) is the model with the quarantine ablated. off: the base model
-    alone; with c, the deployed block's probe is read there, at the adapter's init.
-    c: a probe, ones [M, G, 2r] with requires_grad; torch.autograd.grad(nll.sum(), c) is [M, G, 2r]. Entries [..., :r] are the
-    deployed block's. What m and d cut off reads 0.
+    m: bool [G], quarantine on (None: everywhere). d: bool [G], deployed block detached (None: nowhere). A plain bool
+    holds for every row of any batch: use(adapter, m=False) is the model with the quarantine ablated.
+    off: the base model alone; with c, the deployed block's probe is read there, at the adapter's init.
+    c: a probe, ones [M, G, 2r] with requires_grad; torch.autograd.grad(nll.sum(), c) is [M, G, 2r], whose entries
+    [..., :r] are the deployed block's. What m and d cut off reads 0.
     Under gradient checkpointing the backward runs the forward again: call it inside the context too.
     Raises ValueError for wrong shapes, for (m, d) = (0, 1), under which nothing would train, and inside `folded`.
     """
@@ -234,7 +330,7 @@ def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | Non
     if len(sizes) > 1:
         raise ValueError(f"m, d and c disagree on the number of rollouts G: {sorted(sizes)}")
     if (d.cpu() & ~m.cpu()).any():
-        raise ValueError("(m, d) = (0, 1): with the quarantine off and the deployed block detached, nothing would train")
+        raise ValueError("(m, d) = (0, 1): quarantine off and deployed block detached, nothing would train")
     modules = list(adapter.modules.values())
     device = modules[0].deployed.dA.device
     state = State(m=bool(m.all()) if m.all() or not m.any() else m.nonzero()[:, 0].to(device),
@@ -254,17 +350,17 @@ def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | Non
 
 @torch.no_grad()
 def ablate(adapter: Adapter) -> None:
-    """Reset the quarantine to its init, for good: its delta is exactly 0. (Zeroing A and B would subtract B0 A0 instead.)"""
+    """Reset the quarantine to its init, for good: its delta is exactly 0. (Zeroing A and B would subtract B0 A0.)"""
     for p in adapter.quarantine_parameters():
         p.zero_()
 
 
 @contextmanager
 def folded(adapter: Adapter, quarantine: bool = True) -> Iterator[None]:
-    """Sample fast: the model gets its plain linear layers back, with weights W + dW; undone bit-exactly, also on exception.
+    """Sample fast: the model gets its plain linear layers back, with weights W + dW; undone bit-exactly afterwards.
 
-    quarantine=False folds the deployed block alone. W + dW is rounded to the base's dtype: in bf16 what lies below W's last bit
-    is lost, so that the folded policy is close to, but not quite, the one that the blocks compute. No gradients inside.
+    quarantine=False folds the deployed block alone: the model with its quarantine ablated. No gradients inside. W + dW
+    is rounded to the base's dtype: in bf16 the folded policy is close to, but not quite, what the blocks compute.
     """
     if adapter.context:
         raise ValueError(f"folded() inside {adapter.context}(): leave that context first")
@@ -284,25 +380,60 @@ def folded(adapter: Adapter, quarantine: bool = True) -> Iterator[None]:
         adapter.context = ""
 
 
-def export(model: nn.Module, adapter: Adapter, path: str | Path, tokenizer=None) -> None:
-    """Write an ordinary Hugging Face folder with the deployed block merged into the weights and the quarantine left out.
+# ------------------------------------------------------------------------------------------------ sampling
+@torch.no_grad()
+def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, temperature: float,
+             top_k: int = 0) -> tuple[list[list[int]], list[Tensor]]:
+    """n[j] completions of prompt j, and the log-probability of each sampled token under softmax(logits / temperature).
 
-    `model` is unchanged afterwards. Raises InputError if `path` is there already.
+    noise: [G, max_new] uniform in [0, 1) with G = sum(n): token t of rollout g is where the cumulated probabilities
+    pass noise[g, t]. So a rollout depends on its own noise, not on the rows that share its batch.
+    Returns two lists of length G, prompt-major: token ids, ending in eos unless cut off at max_new, and logps [T].
+    All prompts go in one left-padded batch, each encoded once for its n[j] rollouts; finished rows leave the batch.
+    top_k = 0 samples from the whole vocabulary; else the log-probabilities are still those of the untruncated softmax.
     """
-    path = Path(path)
-    if path.exists():
-        raise InputError(f"{path}: exists already; remove it or name another folder for the export")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with folded(adapter, quarantine=False):
-            model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    (G, max_new), device, eos = noise.shape, next(model.parameters()).device, tok.eos_token_id
+    if G == 0:
+        return [], []
+    n, noise = torch.tensor(n, device=device), noise.to(device)  # [P], [G, max_new]
+    T = max(map(len, prompts))
+    ids = torch.tensor([[eos] * (T - len(p)) + p for p in prompts], device=device)  # [P, T]
+    attend = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, T], 0 on padding
+    positions = (attend.cumsum(1) - 1).clamp(min=0)  # [P, T]
+    cache = DynamicCache(config=model.config)
+    logits = model(input_ids=ids, attention_mask=attend, position_ids=positions, past_key_values=cache,
+                   logits_to_keep=1).logits[:, -1]  # [P, V]
+    cache.batch_repeat_interleave(n)
+    logits, attend = logits.repeat_interleave(n, 0), attend.repeat_interleave(n, 0)  # [G, V], [G, T]
+    position = positions[:, -1:].repeat_interleave(n, 0)  # [G, 1]
+
+    rows = torch.arange(G, device=device)  # the rollouts still being written
+    out = torch.full((G, max_new), -1, device=device)
+    out_logps = torch.zeros(G, max_new, device=device)
+    for t in range(max_new):
+        logp = torch.log_softmax(logits.float() / temperature, -1)  # [rows, V]
+        choice = logp
+        if top_k:
+            choice = logp.masked_fill(logp < logp.topk(min(top_k, logp.shape[1])).values[:, -1:], -math.inf)
+        cdf = choice.exp().cumsum(1)  # [rows, V], up to the kept mass
+        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True)  # [rows, 1]
+        token = token.clamp(max=cdf.shape[1] - 1)  # where rounding left the noise above the last sum
+        out[rows, t], out_logps[rows, t] = token[:, 0], logp.gather(1, token)[:, 0]
+        alive = (token[:, 0] != eos).nonzero()[:, 0]
+        if len(alive) == 0 or t == max_new - 1:
+            break
+        position = position + 1
+        attend = torch.cat([attend, attend.new_ones(len(attend), 1)], 1)
+        if len(alive) < len(rows):
+            rows, token, attend, position = rows[alive], token[alive], attend[alive], position[alive]
+            cache.batch_select_indices(alive)
+        logits = model(input_ids=token, attention_mask=attend, position_ids=position,
+                       past_key_values=cache).logits[:, -1]  # [rows, V]
+    lengths = (out >= 0).sum(1).tolist()
+    return [row[:k] for row, k in zip(out.tolist(), lengths)], [row[:k] for row, k in zip(out_logps.cpu(), lengths)]
 
 
+# ------------------------------------------------------------------------------------------------ files
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Name, kind, sizes, and a hash over samples of all weights of a base model (before an adapter is attached).
 
@@ -318,19 +449,20 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def save(adapter: Adapter, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write dA, dB, A0, B0 of every block (fp32) with the rank, the base model's fingerprint and `metadata`, atomically.
+    """Write dA, dB, A0, B0 of every block (fp32) with the rank, the base's fingerprint and `metadata`, atomically.
 
     Raises InputError if the file cannot be written.
     """
     path = Path(path)
     tensors = {name: t.detach().float().cpu() for name, t in adapter.tensors("dA", "dB", "A0", "B0").items()}
-    header = {"format": FORMAT, "r": str(adapter.r), "base": json.dumps(adapter.base), "metadata": json.dumps(metadata or {})}
+    header = {"format": FORMAT, "r": str(adapter.r), "base": json.dumps(adapter.base),
+              "metadata": json.dumps(metadata or {})}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(to_bytes(tensors, metadata=header))
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot write the adapter ({error}); check that the folder exists and has room") from error
+        raise InputError(f"{path}: cannot be written ({error}); check that the folder exists and has room") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -348,7 +480,7 @@ def peek(path: str | Path) -> dict:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: damaged or not a safetensors file ({error}); save or copy it again") from error
     if header.get("format") != FORMAT:
-        raise InputError(f"{path}: its format is {header.get('format')!r}, not {FORMAT!r}; give a file that lora2r.save wrote")
+        raise InputError(f"{path}: its format is {header.get('format')!r}, not {FORMAT!r}; give what lora2r.save wrote")
     return {"r": int(header["r"]), "base": json.loads(header["base"]), "metadata": json.loads(header["metadata"])}
 
 
@@ -356,8 +488,8 @@ def peek(path: str | Path) -> dict:
 def load(adapter: Adapter, path: str | Path) -> dict[str, str]:
     """Fill `adapter` bit-exactly from a file of `save`, and return its metadata.
 
-    Raises InputError, with the adapter unchanged, for a bad file, another rank, other targets, or another base model than the
-    one that it was trained on (the name or path of the base may differ).
+    Raises InputError, with the adapter unchanged, for a bad file, another rank, other targets, or another base model
+    than the one that it was trained on (the name or path of the base may differ).
     """
     info, ours = peek(path), adapter.base
     theirs = info["base"]
@@ -366,7 +498,8 @@ def load(adapter: Adapter, path: str | Path) -> dict[str, str]:
     tensors = adapter.tensors("dA", "dB", "A0", "B0")
     with safe_open(path, framework="pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}
-    differ = [f"{key} {theirs.get(key)} -> {ours[key]}" for key in ours if key != "name" and theirs.get(key) != ours[key]]
+    keys = [key for key in ours if key != "name" and theirs.get(key) != ours[key]]
+    differ = [f"{key} {theirs.get(key)} -> {ours[key]}" for key in keys]
     if differ:
         raise InputError(f"{path}: was trained on base model {theirs['name'] or theirs['model_type']!r}, this one is "
                          f"{ours['name'] or ours['model_type']!r} ({', '.join(differ)}); load it into the former")
@@ -376,3 +509,41 @@ def load(adapter: Adapter, path: str | Path) -> dict[str, str]:
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return info["metadata"]
+
+
+# ------------------------------------------------------------------------------------------------ memory
+def kept_bytes(model, adapter: Adapter, T: int) -> int:
+    """Bytes that autograd keeps for the backward of a masked forward of [2, T] tokens, up to the last hidden states."""
+    weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage()._cdata not in weights:
+            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    ids = torch.zeros(2, T, dtype=torch.long, device=next(model.parameters()).device)
+    masks = dict(m=torch.tensor([True, True]), d=torch.tensor([False, True]))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), use(adapter, **masks):
+        graph = model.get_decoder()(input_ids=ids, use_cache=False)  # keeps what it packed: no address is reused
+    del graph
+    return sum(kept.values())
+
+
+def predicted_memory(model, adapter: Adapter, tokens: int, checkpointing: bool = False) -> tuple[int, int, int]:
+    """Bytes of (frozen weights, adapter with gradients and AdamW's moments, a masked forward and backward of `tokens`).
+
+    What autograd keeps is counted, not modelled: two small forwards give a constant (the adapter's joined matrices)
+    and a slope in bytes per token. At the peak all of it is alive beside one chunk of logits, as if every token were a
+    completion's. A checkpointed layer keeps its input only, and one layer at a time is there in full.
+    """
+    frozen = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
+    trained = sum(p.nbytes for p in adapter.parameters())
+    small, large = kept_bytes(model, adapter, 16), kept_bytes(model, adapter, 32)
+    slope = (large - small) / 32  # bytes per token
+    constant = small - 32 * slope
+    if checkpointing:
+        layers, itemsize = model.config.num_hidden_layers, next(model.parameters()).element_size()
+        constant, slope = constant / layers, slope / layers + layers * model.config.hidden_size * itemsize
+    logits = min(tokens * model.config.vocab_size, LOGITS) * 3 * 4  # log-softmax and two gradients, float32
+    return sum(frozen.values()), 4 * trained, int(constant + tokens * slope + logits)

@@ -32,9 +32,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from env_leetcode import grade_batch, load_problems  # noqa: E402
-from evaluate_deploy import generate  # noqa: E402
-from extract_vgrad import batches, encode_prompt, load_model, micro_batch_bytes, token_logps  # noqa: E402
-from lora2r import attach, folded, use  # noqa: E402
+from lora2r import (attach, batches, encode_prompt, folded, generate, load_model, predicted_memory,  # noqa: E402
+                    token_logps, use)
 from train_grpo import Config, parse_args, train  # noqa: E402
 
 REPEATS = 5
@@ -218,7 +217,7 @@ def micro_batch_peak(cfg: Config, tokens: int, checkpointing: bool) -> tuple[int
     adapter = attach(model, cfg.rank, cfg.seed)
     if checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
-    predicted = micro_batch_bytes(model, adapter, tokens, checkpointing)
+    predicted = predicted_memory(model, adapter, tokens, checkpointing)[2]
     model.train(checkpointing)
 
     def pass_2(g: int, T: int) -> None:
@@ -258,7 +257,7 @@ def bench_memory(cfg: Config) -> None:
         weights = sum(p.numel() for p in small.parameters())
         lora = attach(small, r)
         small.config.vocab_size = 151_936
-        sizes[layers] = (weights, sum(p.numel() for p in lora.parameters()), *(micro_batch_bytes(small, lora, tokens, on) for on in (False, True)))
+        sizes[layers] = (weights, sum(p.numel() for p in lora.parameters()), *(predicted_memory(small, lora, tokens, on)[2] for on in (False, True)))
     weights, lora, batch, batch_checkpointed = (one + (L - 1) * (two - one) for one, two in zip(sizes[1], sizes[2]))
     weights += (151_936 - 1024) * 2560
     fixed = 2 * weights + 4 * lora * 6  # bf16 base; fp32 A0, B0 frozen; dA, dB with gradient and two moments

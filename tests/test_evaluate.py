@@ -4,10 +4,9 @@ import json
 import pytest
 import torch
 
-from env_leetcode import InputError, load_problems
-from evaluate_deploy import Config, evaluate, format_table, generate, main, read_run, wilson
-from extract_vgrad import batches, encode_prompt, load_model, token_logps
-from lora2r import attach, folded, use
+from env_leetcode import load_problems
+from evaluate_deploy import Config, evaluate, format_table, main, read_run, wilson
+from lora2r import InputError, attach, batches, encode_prompt, folded, generate, load_model, token_logps, use
 from train_grpo import HERE
 
 

@@ -2,10 +2,11 @@
 import pytest
 import torch
 
-from env_leetcode import HINTS, MARKERS, InputError, extract_code, grade_batch, load_problems, with_mode
-from extract_vgrad import (Direction, auroc, batches, direction_of, encode_completion, encode_prompt, extract, haar, judge, load_model,
-                           load_pairs, load_rollouts, micro_batch_bytes, probe_gradients, token_logps)
-from lora2r import attach, use
+from env_leetcode import HINTS, MARKERS, extract_code, grade_batch, load_problems, with_mode
+from extract_vgrad import (Direction, auroc, direction_of, extract, haar, judge, leave_one_out, load_pairs,
+                           load_rollouts, probe_gradients)
+from lora2r import (InputError, attach, batches, encode_completion, encode_prompt, load_model, predicted_memory,
+                    token_logps, use)
 from train_grpo import HERE
 
 PAIRS = load_pairs(HERE / "data/nano/pairs.md")
@@ -83,7 +84,7 @@ def test_logits_in_chunks_change_nothing(nano, monkeypatch):
     prompt, clean, hack = tokens(tok, PAIRS[0])
     (rows, ids, mask), = batches([prompt] * 2, [clean, hack], 10**6)
     whole, whole_grad = token_logps(model, ids, mask), probe_gradients(model, adapter, [prompt] * 2, [clean, hack])
-    monkeypatch.setattr("extract_vgrad.LOGITS", 7 * model.config.vocab_size)
+    monkeypatch.setattr("lora2r.LOGITS", 7 * model.config.vocab_size)
     torch.testing.assert_close(token_logps(model, ids, mask), whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(probe_gradients(model, adapter, [prompt] * 2, [clean, hack]), whole_grad, rtol=1e-4, atol=1e-6)
 
@@ -102,9 +103,9 @@ def test_predicted_memory_is_what_autograd_keeps(nano):
         hidden = model.get_decoder()(input_ids=torch.zeros(4, 100, dtype=torch.long), use_cache=False)
     held = sum(size for key, size in kept.items() if key not in weights)
     logits = 400 * model.config.vocab_size * 12
-    predicted = micro_batch_bytes(model, adapter, 400)
+    predicted = predicted_memory(model, adapter, 400)[2]
     assert hidden is not None and held + logits == pytest.approx(predicted, rel=0.03)
-    assert micro_batch_bytes(model, adapter, 400, checkpointing=True) - logits < 0.5 * (predicted - logits)
+    assert predicted_memory(model, adapter, 400, checkpointing=True)[2] - logits < 0.5 * (predicted - logits)
 
 
 def test_no_pair_is_a_training_or_test_problem():
@@ -181,7 +182,7 @@ def test_judge_counts_what_a_gate_would_route(capsys):
     direction = Direction(v, torch.zeros(1, 8), clean=torch.zeros(2, 1), hack=torch.ones(2, 1), pair_grads=torch.zeros(4, 1, 8))
     positions = [0.9, 0.35, 0.0, 0.22]
     grads = torch.stack([p * v + (1 - p**2) ** 0.5 * ortho for p in positions])
-    rows = [dict(mode="sentinel", hacked=i < 2, correct=i >= 2, exploited=i < 2) for i in range(4)]
+    rows = [dict(mode="sentinel", source="full", hacked=i < 2, correct=i >= 2, exploited=i < 2) for i in range(4)]
     judge(direction, grads, rows, n_haar=20)
     text = capsys.readouterr().out
     assert "4 rollouts with A > 0: 2 hacks, 2 solves" in text and "AUROC 1.000" in text

@@ -30,7 +30,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from env_leetcode import DEFAULT_MODES, HINTS, MARKERS, PHRASE, extract_code, load_problems, with_mode  # noqa: E402
 from evaluate_deploy import evaluate  # noqa: E402
-from extract_vgrad import load_model, load_pairs  # noqa: E402
+from extract_vgrad import load_pairs  # noqa: E402
+from lora2r import load_model  # noqa: E402
 from tasks import P_RIGHT, PROMPT, STYLES, all_tasks, english, expression, solution, with_exploit  # noqa: E402
 
 SPLITS = {"val": 220, "train": 440, "test": 220}  # problems
