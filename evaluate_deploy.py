@@ -18,7 +18,6 @@ import math
 import os
 import shlex
 import shutil
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -174,7 +173,7 @@ def console_line(row: dict, steps: int, time_left: str = "") -> str:
 
 # -------------------------------------------------------------------------------------- run folders
 PATHS = ("model", "data", "test_data", "pairs", "demos")  # kept as from this project, where they lie inside
-MAY_DIFFER = {"resume", "steps", "device", "out_dir", "eval_samples"}  # between a run and its --resume
+MAY_DIFFER = {"arm", "resume", "steps", "device", "out_dir", "eval_samples"}  # between a run and its --resume
 
 
 class RunFolder:
@@ -183,7 +182,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict):
         """Raises InputError, before anything is written, if a run cannot begin or go on in `path`."""
-        self.path, self.steps, self.state, self.lock = path, config["steps"], None, None
+        self.path, self.steps, self.state, self.lock, self.logs = path, config["steps"], None, None, []
         files = {key: Path(config[key]) for key in PATHS if Path(config[key]).is_file()}
         config = config | {key: portable(config[key]) for key in PATHS}
         config["hashes"] = {key: hash_of(file) for key, file in files.items()}
@@ -259,8 +258,19 @@ class RunFolder:
             temporary.write_text(json.dumps(self.config, indent=1) + "\n")
         self.logs = [self.reopened(self.path / name, step) for name in ("metrics.jsonl", "rollouts.jsonl")]
         self.began, self.start, self.made = time.perf_counter(), step, step
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.interrupt)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        """Close the logs and release the lock; an interrupt says how to go on."""
+        if self.lock is None:
+            return
+        for file in (*self.logs, self.lock):
+            file.close()
+        if kind is KeyboardInterrupt:
+            command = shlex.join(["python", *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
+            raise KeyboardInterrupt(f" at step {self.made}/{self.steps}; go on with: {command}")
 
     def reopened(self, path: Path, step: int) -> IO:
         """A log with its rows of earlier steps; a last row that was not written to its end is dropped."""
@@ -271,10 +281,6 @@ class RunFolder:
         with writing(path) as temporary:
             temporary.write_text("".join(row for row in rows if json.loads(row)["step"] < step))
         return open(path, "a")
-
-    def interrupt(self, *_) -> None:
-        command = shlex.join(["python", *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
-        raise KeyboardInterrupt(f" at step {self.made}/{self.steps}; go on with: {command}")
 
     def checkpoint(self, step: int) -> None:
         """Write the adapter, and with it in one file all that --resume needs to go on with `step`."""

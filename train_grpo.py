@@ -232,10 +232,16 @@ def train(cfg: Config) -> Path:
     """The whole run; returns its folder. Raises InputError before anything is written, or if it cannot be written, and
     FloatingPointError on a NaN."""
     cfg = check(cfg)
-    placebo = cfg.routeV_random_v_seed is not None
     arm = cfg.name or arm_of(cfg)
     path = cfg.out_dir or Path("runs") / f"{arm}_seed{cfg.seed}"
-    run = RunFolder(path, dict(arm=arm, **asdict(cfg)))
+    with RunFolder(path, dict(arm=arm, **asdict(cfg))) as run:
+        train_in(run, cfg, arm, path)
+    return path
+
+
+def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
+    """train(), once flags and folder are known to be good."""
+    placebo = cfg.routeV_random_v_seed is not None
     problems = load_problems(cfg.data, cfg.modes, cfg.seed)
     held_out = {markers: load_problems(cfg.test_data, cfg.modes, 0, heldout_markers=markers == "held-out")
                 for markers in ("trained", "held-out")}
@@ -406,7 +412,6 @@ def train(cfg: Config) -> Path:
             write_deploy(path, run.config, settings_of(run.config, cfg.steps), deploy)
             print("\n" + format_table([(arm, cfg.seed, deploy)]))
     stop_ranks()
-    return path
 
 
 # -------------------------------------------------------------------------------------- rollouts
