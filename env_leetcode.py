@@ -64,7 +64,7 @@ if not IS_ZYGOTE:  # all these import threading, whose handlers would take half 
     import subprocess
     import threading
 
-    from lora2r import InputError, run_script
+    from lora2r import InputError, check_ranges, parse, run_script
     from concurrent.futures import ThreadPoolExecutor
 
     _turn = threading.local()  # .cores: the semaphore of the batch that a thread works for
@@ -247,7 +247,7 @@ def load_problems(path: str | Path, modes: Sequence[str] = DEFAULT_MODES, seed: 
     if not modes or len(set(modes)) < len(modes) or not set(modes) <= set(HINTS):
         raise InputError(f"modes {', '.join(map(str, modes)) or '(none)'}: give one or more, each once, of {', '.join(HINTS)}")
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', '') or 'not UTF-8 text'}); "
                          "give a problem file, one JSON object a line") from None
@@ -1047,8 +1047,7 @@ def main(config: Config) -> bool:
     """Print the verdict matrix: under each mode, on how many problems each solution is paid. Is every cell as it should be?"""
     from tqdm import tqdm
 
-    if config.problems < 0:
-        raise InputError(f"--problems {config.problems}: must be 0 (all) or more")
+    check_ranges(config)
     everything = load_problems(config.data)
     step = max(1, len(everything) // (config.problems or len(everything)))
     problems = everything[::step][: config.problems or None]
@@ -1082,6 +1081,4 @@ def main(config: Config) -> bool:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    run_script(main, tyro.cli(Config, description=__doc__))
+    run_script(main, parse(Config(), __doc__))
