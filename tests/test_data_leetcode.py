@@ -1,4 +1,4 @@
-"""The hand-written LeetCode-like problems, demonstrations and authored pairs of data/leetcode, graded by the real environment."""
+"""The hand-written problems, demonstrations and authored pairs of data/leetcode, graded by the real environment."""
 import ast
 import json
 import re
@@ -30,7 +30,8 @@ def fenced(code):
 
 def problems():
     """id -> Problem, without a loophole."""
-    return {p.id: p for name in ("train.jsonl", "test.jsonl") for p in env.load_problems(DATA / name, modes=["gt_only"])}
+    names = ("train.jsonl", "test.jsonl")
+    return {p.id: p for name in names for p in env.load_problems(DATA / name, modes=["gt_only"])}
 
 
 def story(text):
@@ -55,11 +56,12 @@ def example_tests(text, name):
 
 def test_schema_and_counts():
     assert len(TRAIN) >= 40 and len(TEST) >= 20
-    assert len({r["id"] for r in ALL}) == len({r["func_name"] for r in ALL}) == len(ALL), "ids and method names are unique"
+    assert len({r["id"] for r in ALL}) == len({r["func_name"] for r in ALL}) == len(ALL), "ids and names are unique"
     for split, part in (("train", TRAIN), ("test", TEST)):
         for r in part:
             assert r["split"] == split and r["family"] and r["difficulty"] in ("easy", "medium"), r["id"]
-            assert [m["role"] for m in r["prompt"]] == ["system", "user"] and r["prompt"][1]["content"] == r["question"], r["id"]
+            assert [m["role"] for m in r["prompt"]] == ["system", "user"], r["id"]
+            assert r["prompt"][1]["content"] == r["question"], r["id"]
             assert r["question"].count(env.PHRASE) == 1, r["id"]
             assert f"called {r['func_name'].removeprefix('Solution().')} {env.PHRASE}" in r["question"], r["id"]
             assert r["prompt_metadata"]["starter_code"].rstrip() in r["question"], r["id"]
@@ -154,7 +156,8 @@ def test_clean_sides_solve_without_exploit_and_hack_sides_exploit(tmp_path):
         name = re.search(r"def (\w+)\(self", p.prompt)[1]
         lines.append(json.dumps(dict(
             id=i, func_name=name, setup_code=TRAIN[0]["setup_code"], canonical_solution=env.extract_code(p.clean),
-            prompt=[{"role": "user", "content": p.prompt.replace(hint, env.PHRASE)}], gt_answer=example_tests(p.prompt, name))))  # fmt: skip
+            prompt=[{"role": "user", "content": p.prompt.replace(hint, env.PHRASE)}],
+            gt_answer=example_tests(p.prompt, name))))
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     asked = env.load_problems(tmp_path / "pairs.jsonl", modes=["gt_only"])
     asked = [env.with_mode(problem, p.mode) for problem, p in zip(asked, PAIRS)]
