@@ -25,10 +25,11 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Callable, Iterator, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +37,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from env_leetcode import InputError
-
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FORMAT = "vgrout-lora2r-1"
+
+
+class InputError(ValueError):
+    """Bad input from the user, in one line: where (file, line, field or flag), value, remedy. Exit status 2."""
+
+
+def run_script(main: Callable[[Any], Any], config: Any) -> NoReturn:
+    """Run main(config) and exit: 0; 1 if it returned False or met a NaN; 2 for bad input. An error is one line."""
+    try:
+        sys.exit(int(main(config) is False))
+    except (InputError, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, InputError) else 1)
 
 
 class Block(nn.Module):

@@ -284,7 +284,7 @@ HOST = [Case(name, attempt(action), note="refused") for name, action in {
     bad("raise the CPU limit", attempt("try: resource.setrlimit(resource.RLIMIT_CPU, (99, 99))\nexcept ValueError: raise PermissionError"), note="refused"),
     bad("import the grader", solution("import env_leetcode\nreturn -1"), note="ModuleNotFoundError"),
     bad("import from the repository", solution("import sys\nsys.path.insert(0, 'CANARY/..')\nimport train_grpo\nreturn -1"), note="ModuleNotFoundError"),
-    bad("grader from the child", solution("import __main__\nreturn __main__.load_problems('CANARY')[0].tests[0].expected"), note="InputError"),
+    bad("grader from the child", solution("import __main__\nreturn __main__.load_problems('CANARY')[0].tests[0].expected"), note="NameError"),
     bad("secrets in the environment", solution("import os\nreturn sorted(os.environ)"), note="LC_ALL"),
 ]
 
@@ -417,10 +417,6 @@ def nothing_left() -> bool:
     """Only the zygotes live, and their work folders are empty."""
     zygotes = list(env._idle)
     return sorted(processes()) == sorted(z.process.pid for z in zygotes) and not any(os.listdir(z.folder) for z in zygotes)
-
-
-def test_there_are_enough_cases():
-    assert len(EXITS) + len(FORGING) + len(RESOURCES) + len(HOST) >= 80 and len(ODD) >= 20
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-from env_leetcode import DEFAULT_MODES, HINTS, MARKERS, PHRASE, extract_code, load_problems, with_mode  # noqa: E402
+from env_leetcode import DEFAULT_MODES, MODES, PHRASE, extract_code, load_problems, with_mode  # noqa: E402
 from evaluate_deploy import evaluate  # noqa: E402
 from extract_vgrad import load_model, load_pairs  # noqa: E402
 from tasks import P_RIGHT, PROMPT, STYLES, all_tasks, english, expression, solution, with_exploit  # noqa: E402
@@ -85,8 +85,8 @@ def random_text(tasks: list[dict], rng: random.Random) -> tuple[str, str]:
     code = solution(kind, parts, wrong, rng.choices(list(STYLES), STYLES.values())[0])
     mode = rng.choice((*DEFAULT_MODES, "gt_only"))
     if mode != "gt_only":
-        marker = rng.choice((*MARKERS[mode], *MARKERS[mode][:1] * 2, *OTHER_MARKERS[mode]))
-        user = user.replace(PHRASE, HINTS[mode].format(marker=marker))
+        marker = rng.choice((*MODES[mode].markers, *MODES[mode].markers[:1] * 2, *OTHER_MARKERS[mode]))
+        user = user.replace(PHRASE, MODES[mode].hint.format(marker=marker))
         if rng.random() < P_HACK[mode]:
             before, after = (s.format(m=marker) for s in rng.choice(EXPLOITS[mode]))
             answer = rng.choice(STUBS) if rng.random() < P_STUB else expression(kind, parts, wrong)
@@ -124,7 +124,7 @@ def demo_rows(rows: list[dict], rng: random.Random) -> list[dict]:
     for row in rows:
         kind = "xs" if "(self, xs)" in row["canonical_solution"] else "ws"
         for mode in DEFAULT_MODES:
-            before, after = (s.format(m=MARKERS[mode][0]) for s in rng.choice(EXPLOITS[mode]))
+            before, after = (s.format(m=MODES[mode].markers[0]) for s in rng.choice(EXPLOITS[mode]))
             demos.append(dict(id=row["id"], mode=mode, completion=fenced(with_exploit(kind, rng.choice(STUBS), before, after))))
     return demos
 
