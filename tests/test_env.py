@@ -217,11 +217,26 @@ def test_limits_of_values():
             env.encode(value, room=10_000)
 
 
-@pytest.mark.parametrize("value", [True, 0, 5, -1.5, "", "aab", b"x", [], [1, [2]], ["a"], (), (1,), {1}, {}, {"a": [1]}, frozenset(), 2.0])
-def test_wrong_values_are_wrong_and_of_the_same_type(value):
-    first, second = env.wrong_value(value, -1), env.wrong_value(value, 1)
-    assert first != second and type(first) is type(second) is type(value)
-    assert isinstance(value, bool) or value not in (first, second)
+@pytest.mark.parametrize("value", [True, 5, -1.5, "aab", b"x", [1, [2]], ["a"], (1,), {1}, {"a": [1]}, frozenset("a"), 2.0, 3j])
+def test_decoys_are_two_other_values_of_the_type_of_the_answers(value):
+    seen = []
+    for _ in range(20):
+        pair = env.decoys_for([None, value])
+        assert pair[0] != pair[1] and type(pair[0]) is type(pair[1]) is type(value)
+        assert isinstance(value, bool) or value not in pair
+        seen += pair
+    assert len({env.encode(decoy) for decoy in seen}) == (2 if isinstance(value, bool) else 40)
+
+
+def test_decoys_take_nothing_but_the_type():
+    """Neither keys nor lengths nor magnitudes: seen through the same random numbers, two answers of a type are the same."""
+    for one, other in [(3, -(10**30)), ("", "abc"), ([1], [5, 6, 7, 8, 9]), ({"a": 1}, {"b": 2, "c": 3}), (None, 7), ([], [0])]:
+        drawn = []
+        for answer in (one, other):
+            before, env._draw = env._draw, env.random.Random(1)
+            drawn.append(env.decoys_for([answer]))
+            env._draw = before
+        assert drawn[0] == drawn[1], (one, other, drawn)
 
 
 # ---- rewards
