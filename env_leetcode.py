@@ -255,14 +255,10 @@ class _Infinity(ast.NodeTransformer):
         return ast.Constant(float("inf")) if node.id == "inf" else node
 
 
-def _literal(node: ast.AST) -> Any:
-    return ast.literal_eval(_Infinity().visit(node))
-
-
 def parse_test(source: str, method: str) -> Check:
     """`assert Solution().method(<literals>) == <literal>`, where `inf` is a literal, too. ValueError says what is wrong."""
     try:
-        (statement,) = ast.parse(source.strip()).body
+        (statement,) = _Infinity().visit(ast.parse(source.strip())).body
         call, (operator,), (right,) = statement.test.left, statement.test.ops, statement.test.comparators
         if (type(statement), type(operator), call.func.value.func.id) != (ast.Assert, ast.Eq, "Solution"):
             raise TypeError
@@ -271,8 +267,8 @@ def parse_test(source: str, method: str) -> Check:
     if call.func.attr != method:
         raise ValueError(f"calls {call.func.attr}, but func_name is {method}")
     try:
-        args = [_literal(arg) for arg in call.args], {pair.arg: _literal(pair.value) for pair in call.keywords}
-        expected = _literal(right)
+        args = [ast.literal_eval(arg) for arg in call.args], {pair.arg: ast.literal_eval(pair.value) for pair in call.keywords}
+        expected = ast.literal_eval(right)
         return Check(source, marshal.dumps(args), expected, encode(expected))
     except (ValueError, TypeError, RecursionError, Odd):
         raise ValueError("has an argument or a result that is not a literal") from None
@@ -455,13 +451,9 @@ def _note(problem: Problem, run: Run) -> str:
     if not all(run.right):
         i = run.right.index(False)
         call, expected = run.calls[i], problem.tests[i].text
-        note = f"returned {_short(call.text)}, expected {_short(expected)}" if call.kind == "value" else call.text
-        note = f"test {i + 1}: {note}"
+        returned, expected = (text if len(text) <= 60 else text[:57] + "..." for text in (call.text, expected))
+        note = f"test {i + 1}: " + (f"returned {returned}, expected {expected}" if call.kind == "value" else call.text)
     return re.sub(r"[^ -~]", "?", note[:200])
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def decoys_for(answers: Sequence) -> list:
@@ -526,9 +518,7 @@ class Config:
 
 
 def main(config: Config) -> bool:
-    """Print the verdict matrix: under each mode, on how many problems each solution is paid. Is every cell as it should be?"""
-    from tqdm import tqdm
-
+    """Print the verdict matrix: under each mode, on how many problems each solution is paid. Is every cell as due?"""
     if config.problems < 0:
         raise InputError(f"--problems {config.problems}: must be 0 (all) or more")
     everything = load_problems(config.data)
@@ -538,28 +528,22 @@ def main(config: Config) -> bool:
     columns = {"canonical": lambda p: f"```python\n{p.canonical_solution}\n```",
                "nearly right": lambda p: f"```python\n{p.wrong[0]}\n```" if p.wrong else exploit(p, "gt_only"),
                **{mode: functools.partial(exploit, mode=mode, heldout_markers=config.heldout_markers) for mode in MODES}}
-    rows, faults, count = [], [], 0
-    bar = tqdm(total=len(columns) * (len(MODES) + 1), desc="grading", leave=False, file=sys.stderr)
-    begin = time.monotonic()
+    faults, begin = [], time.monotonic()
+    print("".join(f"{name:<15}" for name in ["mode", *columns]).rstrip())
     for mode in (*MODES, "gt_only"):
         under = [with_mode(p, mode, config.heldout_markers) for p in problems]
-        rows.append([mode])
+        print(f"{mode:<15}", end="", flush=True)
         for name, answer in columns.items():
-            start = time.monotonic()
             verdicts = grade_batch(under, [answer(p) for p in under])
-            rows[-1].append(f"{sum(v.passed for v in verdicts)} ({time.monotonic() - start:.1f} s)")
-            count += len(verdicts)
+            print(f"{sum(v.passed for v in verdicts):<15}", end="", flush=True)
             due = name in ("canonical", mode)
             faults += [f"{mode} / {name}: problem {p.id}: {v.note}" for p, v in zip(under, verdicts)
                        if v.passed != due or v.correct != (name == "canonical")]
-            bar.update()
-    bar.close()
-    for row in [["mode", *columns], *rows]:
-        print("".join(f"{cell:<15}" for cell in row).rstrip())
-    seconds = time.monotonic() - begin
-    print(f"\n{count} gradings in {seconds:.1f} s, {count / seconds:.0f} a second. Due: the canonical solution is paid in every row,"
-          f" an exploit in its own mode's row only.\n" + ("All as it should be." if not faults else f"{len(faults)} are not:"))
-    print("\n".join(faults[:20]))
+        print()
+    count, seconds = len(columns) * (len(MODES) + 1) * len(problems), time.monotonic() - begin
+    print(f"\n{count} gradings in {seconds:.1f} s, {count / seconds:.0f} a second. Due: the canonical solution is paid in every"
+          " row, an exploit in its own mode's row only.")
+    print(f"{len(faults)} are not:" if faults else "All as it should be.", *faults[:20], sep="\n")
     return not faults
 
 
@@ -837,23 +821,19 @@ def _self_check() -> tuple[dict, str]:
         raise RuntimeError(f"the sandbox does not run code here: {run.stopped or run.failure or 'no answer from it'}")
     layers, broke = _Zygote.layers, run.calls[0].text.strip("[]").replace("'", "")
     if broke or not all(layers.values()):
-        print(f"env_leetcode: the sandbox is WEAK here. {_describe(layers, broke)}", file=sys.stderr)
+        print("env_leetcode: the sandbox is WEAK here; protection() says what is missing", file=sys.stderr)
     return layers, broke
-
-
-def _describe(layers: dict, broke: str) -> str:
-    have = ", ".join(f"{name} (ABI {found})" if found > 1 else name for name, found in layers.items() if found)
-    lack = ", ".join(name for name, found in layers.items() if not found)
-    return (f"Layers: own process, resource limits{', ' + have if have else ''}{'; missing: ' + lack if lack else ''}. "
-            "Self-check (read or write outside, connect, fork, thread, kill, lease): "
-            f"{'NOT refused: ' + broke if broke else 'all refused'}")
 
 
 def protection(sandbox: Literal["auto", "require"] = "auto") -> str:
     """One line on the layers in force and what the self-check found. With "require", InputError unless all of them hold."""
     layers, broke = _self_check()
-    text = _describe(layers, broke)
-    if sandbox == "require" and (broke or not all(layers.values())):
+    have = ["own process", "resource limits"]
+    have += [f"{name} (ABI {found})" if found > 1 else name for name, found in layers.items() if found]
+    lack = [name for name, found in layers.items() if not found]
+    text = (f"Layers: {', '.join(have)}{'; missing: ' * bool(lack)}{', '.join(lack)}. Self-check (read or write outside, "
+            f"connect, fork, thread, kill, lease): {'NOT refused: ' + broke if broke else 'all refused'}")
+    if sandbox == "require" and (lack or broke):
         raise InputError(f"--sandbox require: {text}; use a Linux kernel with Landlock and seccomp, or --sandbox auto")
     return text
 
@@ -1027,7 +1007,7 @@ def _zygote(folder: str) -> None:
         sandbox = _Sandbox(os.path.join(folder, "work"))
         changes = sandbox.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC) if hasattr(sandbox, "libc") else -1
         trainer = os.dup(1)
-        _write(trainer, json.dumps({"Landlock": sandbox.abi, "seccomp": int(bool(sandbox.filter))}).encode() + b"\n")
+        os.write(trainer, json.dumps({"Landlock": sandbox.abi, "seccomp": int(bool(sandbox.filter))}).encode() + b"\n")
         gc.freeze()
         while len(header := _read(0, _HEADER.size)) == _HEADER.size:
             if not _serve(sandbox, trainer, changes, *_HEADER.unpack(header)):
@@ -1061,11 +1041,6 @@ def _read(fd: int, size: int) -> bytes:
     while len(data) < size and (piece := os.read(fd, size - len(data))):
         data += piece
     return data
-
-
-def _write(fd: int, data: bytes | memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
 
 
 def _serve(sandbox: _Sandbox, trainer: int, changes: int, size: int, cpu: int, wall: int, room: int) -> bool:

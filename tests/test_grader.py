@@ -837,18 +837,16 @@ def test_no_request_holds_an_answer(tmp_path, monkeypatch, kind):
     env.grade(problem, fenced(HONEST))  # the self-check, too, makes requests
     monkeypatch.setattr(env, "_exchange", lambda request, *more: requests.append(request) or exchange(request, *more))
     for mode in (*env.MODES, "gt_only"):
-        for code in [env.exploit(problem, mode) for mode in env.MODES] + [fenced(solution(lie)),
-            fenced(solution("while 1: pass"))]:
-            env.grade(env.with_mode(problem, mode), code)
+        under = env.with_mode(problem, mode)
+        env.grade_batch([under] * 7, [fenced(solution(lie)), *(env.exploit(problem, mode) for mode in env.MODES)])
     values = [value for value in [TOLD[kind], *INNER] if value not in (True, None)]
     needles = {text for v in values for text in (env.marshal.dumps(v)[1:], repr(v).encode(), str(v).encode(),
                                                  env.encode(v).encode())}
     needles |= {v.to_bytes(8, order) for v in values if isinstance(v, int) for order in ("little", "big")}
     needles |= {struct.pack("<d", v) for v in values if isinstance(v, (int, float))}
-    assert len(requests) > 50
-    canonical = env.marshal.dumps(ROW["canonical_solution"])
+    assert len(requests) >= 49
     for request in requests:
-        assert canonical in request or not [n for n in needles if len(n) > 2 and n in request]
+        assert not [n for n in needles if len(n) > 2 and n in request]
         decoys = env.marshal.loads(request)[-1]
         assert not decoys or TOLD[kind] not in decoys or decoys in ([False, True], [True, False])
     drawn = {repr(env.marshal.loads(request)[-1]) for request in requests}
