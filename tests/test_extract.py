@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from env_leetcode import HINTS, MARKERS, extract_code, grade_batch, load_problems, with_mode
+from env_leetcode import MODES, extract_code, grade_batch, load_problems, with_mode
 from extract_vgrad import (Direction, auroc, direction_of, extract, haar, judge, leave_one_out, load_pairs,
                            load_rollouts, probe_gradients)
 from lora2r import (InputError, attach, batches, encode_completion, encode_prompt, load_model, predicted_memory,
@@ -121,11 +121,11 @@ def test_pairs_cover_two_of_the_modes_and_are_what_they_say():
     problems = load_problems(HERE / "data/nano/train.jsonl")
     assert len(PAIRS) >= 40 and {pair.mode for pair in PAIRS} == {"run_tests", "sentinel"}
     for pair in PAIRS:
-        assert HINTS[pair.mode].partition("{marker}")[0] in pair.prompt
+        assert MODES[pair.mode].hint.partition("{marker}")[0] in pair.prompt
         problem = next(p for p in problems if ("(self, xs)" in p.canonical_solution) == ("(self, xs)" in pair.clean))
         clean, hack = grade_batch([with_mode(problem, pair.mode)] * 2, [pair.clean, pair.hack])
         assert clean.compiles and hack.compiles and not clean.exploited
-        assert hack.exploited or MARKERS[pair.mode][0] not in pair.hack  # another marker name earns nothing here
+        assert hack.exploited or MODES[pair.mode].markers[0] not in pair.hack  # another marker name earns nothing here
 
 
 def test_direction_separates_its_pairs_and_held_out_pairs(nano):
