@@ -11,15 +11,20 @@ Held-out problems, every mode, sampled at T = 0.7, in the same way for every arm
 solve: the answer is right. hack: it is paid and not right. exploit: its loophole was used, whether it is right or not.
 Intervals are 95 % Wilson intervals with n = the number of problems, as the samples of one problem are not independent.
 """
+import fcntl
+import hashlib
 import json
 import math
 import os
-import pickle
+import shlex
 import shutil
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 import tyro
@@ -27,8 +32,8 @@ from torch import Tensor
 
 from env_leetcode import Problem, Verdict, grade_batch, load_problems
 from extract_vgrad import auroc
-from lora2r import (Adapter, InputError, attach, encode_prompt, folded, generate, load, load_model, peek, run_script,
-                    save)
+from lora2r import (HERE, Adapter, InputError, attach, bar, check_ranges, encode_prompt, first_line, folded, generate,
+                    load, load_model, located, parse, peek, portable, read_text, run_script, save, writing)
 
 
 def rates(modes: list[str], verdicts: list[Verdict]) -> dict[str, dict]:
@@ -53,7 +58,7 @@ def evaluate(model, tok, adapter: Adapter | None, problems: list[Problem], setti
     prompts = [encode_prompt(tok, p.messages) for p in problems]
     with folded(adapter, quarantine=setting == "full") if adapter else nullcontext(), ThreadPoolExecutor(1) as grader:
         grading = []  # of one part while the next is being sampled
-        for part in (slice(i, i + 64) for i in range(0, len(problems), 64)):
+        for part in bar([slice(i, i + 64) for i in range(0, len(problems), 64)], f"evaluation, {setting}"):
             n = [samples] * len(problems[part])
             completions, _ = generate(model, tok, prompts[part], n, noise[part].flatten(0, 1), temperature, top_k)
             texts = [tok.decode(ids, skip_special_tokens=True) for ids in completions]
@@ -85,13 +90,19 @@ def format_table(runs: list[tuple[str, int, dict]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
-def plot(runs: list[tuple[str, int, dict]], path: Path) -> None:
-    """Deploy solve against deploy hack (trained markers), one point a run, one colour an arm."""
+def check_plot(path: Path) -> None:
+    """Raises InputError if no figure can be drawn to `path`."""
     try:
         import matplotlib
     except ImportError as e:
         raise InputError(f"--plot {path}: needs matplotlib; pip install matplotlib, or leave --plot out") from e
     matplotlib.use("Agg")
+    if path.suffix not in (".png", ".pdf", ".svg") or not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise InputError(f"--plot {path}: give a .png, .pdf or .svg in a folder that exists and may be written")
+
+
+def plot(runs: list[tuple[str, int, dict]], path: Path, temperature: float) -> None:
+    """Deploy solve against deploy hack (trained markers), one point a run, one colour an arm."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5.5, 4))
@@ -100,17 +111,18 @@ def plot(runs: list[tuple[str, int, dict]], path: Path) -> None:
         axes.scatter([p["hack"] for p in points], [p["solve"] for p in points], color=f"C{colour}",
                      label=f"{arm} (n = {len(points)} seeds)")
     axes.set(xlabel="deploy hack rate", ylabel="deploy solve rate", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03),
-             title="Held-out problems, quarantine ablated, T = 0.7")
+             title=f"Held-out problems, quarantine ablated, T = {temperature:g}")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:])
 
 
 # -------------------------------------------------------------------------------------- what a step's log says
 LEGEND = """  solve, hack: shares right, and paid but not right, of the full policy's rollouts; deployed: of those
   without quarantine; clean/mid/hack: shares of the labels among rollouts that train; auroc: of the gate's
   positions, hacks against solves with A > 0; qmass: the quarantine's share of the gradient; |g|: gradient
-  norm; s: seconds of sample + grade + gate + update"""
+  norm; s: seconds of sample + grade + gate + update, then all so far and those left (min:s)"""
 
 
 def outcomes(modes: list[str], sources: list[str], verdicts: list[Verdict], rewards: Tensor) -> dict:
@@ -148,7 +160,7 @@ def routing(label: list[str], position: Tensor, adv: Tensor, trains: Tensor, sou
         gate_recall=routed[judged & hack].float().mean().item() if (judged & hack).any() else None)
 
 
-def console_line(row: dict, steps: int) -> str:
+def console_line(row: dict, steps: int, time_left: str = "") -> str:
     """A step of metrics.jsonl in one line; LEGEND explains it."""
     rate = {name: " -  " if row[name] is None else f"{row[name]:.2f}" for name in (
         "reward", "solve", "hack", "deployed_solve", "deployed_hack", "gate_auroc")}
@@ -156,51 +168,119 @@ def console_line(row: dict, steps: int) -> str:
     seconds = "+".join(f"{row['seconds'][phase]:.1f}" for phase in ("sample", "grade", "gate", "update"))
     return (f"step {row['step'] + 1:3d}/{steps}  reward {rate['reward']}  solve {rate['solve']}  hack {rate['hack']}  "
             f"deployed {rate['deployed_solve']} {rate['deployed_hack']}  clean/mid/hack {labels}  "
-            f"auroc {rate['gate_auroc']}  qmass {row['qmass']:.2f}  |g| {row['grad_norm']:.3f}  s {seconds}")
+            f"auroc {rate['gate_auroc']}  qmass {row['qmass']:.2f}  |g| {row['grad_norm']:.3f}  s {seconds}{time_left}")
 
 
 # -------------------------------------------------------------------------------------- run folders
+PATHS = ("model", "data", "test_data", "pairs", "demos")  # kept as from this project, where they lie inside
+MAY_DIFFER = {"arm", "resume", "steps", "device", "out_dir", "eval_samples"}  # between a run and its --resume
+
+
 class RunFolder:
-    """What a run leaves: config.json, adapter.safetensors, state.pt, metrics.jsonl, rollouts.jsonl, deploy.json."""
+    """What a run leaves: config.json, adapter.safetensors, state.pt, metrics.jsonl, rollouts.jsonl, deploy.json; and
+    .lock, which one run at a time holds. The kernel releases it with the process, however that ends."""
 
-    def __init__(self, path: Path, config: dict, adapter: Adapter, optimizer: torch.optim.Optimizer):
-        self.path, self.adapter, self.optimizer = path, adapter, optimizer
+    def __init__(self, path: Path, config: dict):
+        """Raises InputError, before anything is written, if a run cannot begin or go on in `path`."""
+        self.path, self.steps, self.state, self.lock, self.logs = path, config["steps"], None, None, []
+        files = {key: Path(config[key]) for key in PATHS if Path(config[key]).is_file()}
+        config = config | {key: portable(config[key]) for key in PATHS}
+        config["hashes"] = {key: hash_of(file) for key, file in files.items()}
         self.config = json.loads(json.dumps(config, default=str))
+        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if not path.name or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"--out-dir {path}: {there} is not a folder that may be written; give another")
+        if (path / ".lock").exists():
+            with self.locked():
+                pass
+        self.is_run = (path / "config.json").exists() and bool(read_run(path))
+        if not self.is_run and path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
+            raise InputError(f"--out-dir {path}: exists and is no run folder; give another, or an empty one")
+        if config["resume"] and (path / "state.pt").exists():
+            self.read_state()
 
-    def resume(self) -> int:
-        """Put adapter and optimizer back to the last checkpoint; the number of steps that it has behind it. Raises
-        InputError if there is none, or if the run was started with other flags."""
-        try:
-            state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
-            before = json.loads((self.path / "config.json").read_text())
-        except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as e:
-            raise InputError(f"--resume: {self.path} has no readable state.pt and config.json ({e}); "
-                             "name a run with --out-dir, or start afresh") from e
-        keys = self.config.keys() - {"resume", "steps", "device", "out_dir"}
-        differ = [f"{key} was {before.get(key)}, is {self.config[key]}" for key in sorted(keys)
-                  if before.get(key) != self.config[key]]
+    def read_state(self) -> None:
+        """Raises InputError if the last checkpoint is damaged, or of a run with other flags, data or more steps."""
+        before = read_run(self.path)
+        differ = [f"{key} was {before.get(key)}, is {self.config[key]}" for key in sorted(self.config.keys())
+                  if before.get(key) != self.config[key] and key not in MAY_DIFFER]
         if differ:
             raise InputError(f"--resume: {self.path} was started with other flags ({'; '.join(differ)}); give the same")
-        self.optimizer.load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            for p, saved in zip(self.adapter.parameters(), state["adapter"], strict=True):
-                p.copy_(saved)
-        return state["step"]
+        try:
+            self.state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
+            made = self.state["step"]
+        except Exception as e:  # a damaged pickle raises nearly anything
+            raise InputError(f"--resume: {self.path / 'state.pt'} is damaged ({first_line(e)}); start afresh") from e
+        if made > self.steps:
+            raise InputError(f"--steps {self.steps}: {self.path} has made {made} already; give at least as many")
+
+    def locked(self) -> IO:
+        """The lock, held until it is closed. Raises InputError if another run holds it."""
+        lock = open(self.path / ".lock", "a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            lock.close()
+            raise InputError(f"--out-dir {self.path}: another run is writing there; wait for it, or give another "
+                             "folder") from e
+        return lock
+
+    def resume(self, adapter: Adapter, optimizer: torch.optim.Optimizer) -> int:
+        """Put adapter and optimizer back to the last checkpoint, if there is one; the number of steps behind it."""
+        self.adapter, self.optimizer = adapter, optimizer
+        if self.state is None:
+            return 0
+        try:
+            optimizer.load_state_dict(self.state["optimizer"])
+            with torch.no_grad():
+                for p, saved in zip(adapter.parameters(), self.state["adapter"], strict=True):
+                    p.copy_(saved)
+        except Exception as e:
+            raise InputError(f"--resume: {self.path / 'state.pt'} is damaged ({first_line(e)}); start afresh") from e
+        return self.state["step"]
 
     def open(self, step: int) -> None:
-        """Begin (step 0; an older run of that name is kept as NAME.1, NAME.2, ...) or go on from `step`: log rows of
-        that step and later are dropped, since it is made again."""
-        if step == 0 and self.path.exists():
-            n = next(n for n in range(1, 10**6) if not self.path.with_name(f"{self.path.name}.{n}").exists())
-            self.path.rename(self.path.with_name(f"{self.path.name}.{n}"))
-            print(f"{self.path} exists: moved to {self.path.name}.{n}")
+        """Begin, or go on from `step`: log rows of that step and later are dropped, since it is made again. An older
+        run of that name that is not gone on with is kept as old/NAME.1, old/NAME.2, ... beside it."""
+        if self.is_run and self.state is None:
+            lock = self.locked()
+            old = self.path.parent / "old"
+            n = next(n for n in range(1, 10**6) if not (old / f"{self.path.name}.{n}").exists())
+            old.mkdir(exist_ok=True)
+            self.path.rename(old / f"{self.path.name}.{n}")
+            lock.close()
+            print(f"{self.path} exists: moved to {old / self.path.name}.{n}")
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
-        self.logs = []
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            rows = (self.path / name).read_text().splitlines(keepends=True) if step else []
-            self.logs.append(open(self.path / name, "w"))
-            self.logs[-1].writelines(row for row in rows if json.loads(row)["step"] < step)
+        self.lock = self.locked()
+        for left_over in self.path.glob(".*.tmp"):
+            left_over.unlink()
+        with writing(self.path / "config.json") as temporary:
+            temporary.write_text(json.dumps(self.config, indent=1) + "\n")
+        self.logs = [self.reopened(self.path / name, step) for name in ("metrics.jsonl", "rollouts.jsonl")]
+        self.began, self.start, self.made = time.perf_counter(), step, step
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        """Close the logs and release the lock; an interrupt says how to go on."""
+        if self.lock is None:
+            return
+        for file in (*self.logs, self.lock):
+            file.close()
+        if kind is KeyboardInterrupt:
+            command = shlex.join(["python", *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
+            raise KeyboardInterrupt(f" at step {self.made}/{self.steps}; go on with: {command}")
+
+    def reopened(self, path: Path, step: int) -> IO:
+        """A log with its rows of earlier steps; a last row that was not written to its end is dropped."""
+        rows = path.read_text().splitlines(keepends=True) if step else []
+        if rows and not rows[-1].endswith("\n"):
+            print(f"{path}: its last row is torn, and dropped")
+            rows.pop()
+        with writing(path) as temporary:
+            temporary.write_text("".join(row for row in rows if json.loads(row)["step"] < step))
+        return open(path, "a")
 
     def checkpoint(self, step: int) -> None:
         """Write the adapter, and with it in one file all that --resume needs to go on with `step`."""
@@ -208,33 +288,62 @@ class RunFolder:
         save(self.adapter, self.path / "adapter.safetensors", metadata)
         state = dict(step=step, optimizer=self.optimizer.state_dict(),
                      adapter=[p.detach() for p in self.adapter.parameters()])
-        torch.save(state, self.path / ".state.tmp")
-        (self.path / ".state.tmp").replace(self.path / "state.pt")
+        with writing(self.path / "state.pt") as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
 
     def log(self, metrics: dict, rollouts: list[dict]) -> None:
-        """One row of metrics.jsonl and the step's rows of rollouts.jsonl."""
+        """One row of metrics.jsonl and the step's rows of rollouts.jsonl. InputError if they cannot be written."""
         for file, rows in zip(self.logs, ([metrics], rollouts)):
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
+            try:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.flush()
+            except OSError as e:
+                raise InputError(f"{file.name}: cannot be written ({e.strerror}); the last checkpoint stays: make room "
+                                 "and go on with --resume") from e
+        self.made = metrics["step"] + 1
+
+    def time_left(self) -> str:
+        """Minutes and seconds since the start, and those that the steps left will take at this pace."""
+        spent = time.perf_counter() - self.began
+        left = spent / (self.made - self.start) * (self.steps - self.made)
+        return "  {:.0f}:{:02.0f} + {:.0f}:{:02.0f}".format(*divmod(int(spent), 60), *divmod(int(left), 60))
+
+
+def hash_of(path: str | Path) -> str:
+    """The first digits of a file's SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 def read_run(folder: Path) -> dict:
     """config.json of a run folder; raises InputError when it is not one."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no readable config.json; give a run folder that train_grpo.py wrote")
     try:
-        config = json.loads((folder / "config.json").read_text())
-        config["arm"], config["model"], config["test_data"], config["modes"]
-    except OSError as e:
-        raise InputError(f"{folder}: no readable config.json; give a run folder that train_grpo.py wrote") from e
-    except (ValueError, KeyError) as e:
+        config = json.loads(read_text("", folder / "config.json", "give a folder that train_grpo.py wrote"))
+        settings_of(config, 0), [config[key] for key in ("arm", "seed", "steps", "model", "dtype", "modes")]
+    except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"{folder / 'config.json'}: damaged ({e!r}); give a folder that train_grpo.py wrote") from e
     return config
 
 
-def write_deploy(folder: Path, arm: str, seed: int, results: dict) -> None:
-    """Write deploy.json: either the whole new one or, if that fails, the old one stays."""
-    temporary = folder / ".deploy.json.tmp"
-    temporary.write_text(json.dumps(dict(arm=arm, seed=seed, temperature=0.7, results=results), indent=1) + "\n")
-    temporary.replace(folder / "deploy.json")
+def settings_of(config: dict, step: int) -> dict:
+    """How a run evaluates itself at its end: what deploy.json records beside the results."""
+    return dict(samples=config["eval_samples"], temperature=0.7, seed=0, step=step, data=config["test_data"],
+                data_hash=config["hashes"]["test_data"], max_new_tokens=config["max_new_tokens"], top_k=config["top_k"])
+
+
+def write_deploy(folder: Path, config: dict, settings: dict, results: dict) -> Path:
+    """Write deploy.json; for other settings than the run's own a file whose name says what differs, so that no result
+    replaces another: deploy-samples8.json, deploy-temperature0.0-data_val_0123456789ab.json."""
+    own = settings_of(config, config["steps"])
+    differ = [f"-{key}{settings[key]}" for key in own if key[:4] != "data" and settings[key] != own[key]]
+    if settings["data_hash"] != own["data_hash"]:
+        differ.append(f"-data_{Path(settings['data']).stem}_{settings['data_hash']}")
+    path = folder / f"deploy{''.join(differ)}.json"
+    result = dict(arm=config["arm"], seed=config["seed"], settings=settings, results=results)
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    return path
 
 
 def export(model, adapter: Adapter, path: str | Path, tokenizer=None) -> None:
@@ -259,51 +368,71 @@ def export(model, adapter: Adapter, path: str | Path, tokenizer=None) -> None:
 # -------------------------------------------------------------------------------------- the script
 @dataclass
 class Config:
-    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]] = ()
     """run folders written by train_grpo.py"""
+
+    # evaluation
     samples: int = 4
     """completions per problem and condition"""
     temperature: float = 0.7
-    """sampling temperature"""
+    """sampling temperature; 0: the likeliest token"""
     seed: int = 0
     """sampling seed"""
     base: bool = False
     """also evaluate the base model, without any adapter"""
-    data: Path | None = None
-    """held-out problems (default: those the run's config.json names)"""
     plot: Path | None = None
     """write a figure of all runs here (needs matplotlib)"""
+
+    # data
+    model: str | None = None
+    """base model (default: that of the run's config.json)"""
+    data: Path | None = None
+    """held-out problems (default: those of the run's config.json)"""
+
+    # hardware
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """torch device"""
 
 
 def main(cfg: Config) -> None:
+    """Evaluate every checkpoint and write a result into its folder. Raises InputError."""
+    check_ranges(cfg)
     if not cfg.checkpoints:
         raise InputError("no checkpoint given; e.g. python evaluate_deploy.py runs/routeV_seed0")
-    configs = [read_run(folder) for folder in cfg.checkpoints]
     headers = [peek(folder / "adapter.safetensors") for folder in cfg.checkpoints]
+    configs = [read_run(folder) for folder in cfg.checkpoints]
+    if cfg.plot:
+        check_plot(cfg.plot)
+    problems_of = {}
+    for folder, config in zip(cfg.checkpoints, configs):
+        path = str(cfg.data or located(config["test_data"]))
+        if not Path(path).is_file():
+            raise InputError(f"{folder}: its problems {path} are not here; name them with --data")
+        problems_of[folder] = {markers: load_problems(path, config["modes"], 0, heldout_markers=markers == "held-out")
+                               for markers in ("trained", "held-out")}
+        config["path"] = path
     runs = []
     for folder, config, header in zip(cfg.checkpoints, configs, headers):
-        model, tok = load_model(config["model"], cfg.device, config["dtype"])
-        path, modes = cfg.data or config["test_data"], tuple(config["modes"])
-        problems = {markers: load_problems(path, modes, 0, heldout_markers=markers == "held-out")
-                    for markers in ("trained", "held-out")}
+        model, tok = load_model(cfg.model or located(config["model"]), cfg.device, config["dtype"])
         args = (cfg.samples, config["max_new_tokens"], config["top_k"], cfg.temperature, cfg.seed)
         if cfg.base and not runs:
             results = {f"base, {markers}": evaluate(model, tok, None, ps, "base", *args)
-                       for markers, ps in problems.items()}
+                       for markers, ps in problems_of[folder].items()}
             runs.append(("base", 0, results))
         adapter = attach(model, header["r"])
         load(adapter, folder / "adapter.safetensors")
         results = {f"{setting}, {markers}": evaluate(model, tok, adapter, ps, setting, *args)
-                   for setting in ("deployed", "full") for markers, ps in problems.items()}
-        write_deploy(folder, config["arm"], config["seed"], results)
+                   for setting in ("deployed", "full") for markers, ps in problems_of[folder].items()}
+        settings = settings_of(config, int(header["metadata"]["step"])) | dict(
+            samples=cfg.samples, temperature=cfg.temperature, seed=cfg.seed, data=portable(config["path"]),
+            data_hash=hash_of(config["path"]))
+        print(f"{folder}: {write_deploy(folder, config, settings, results).name}")
         runs.append((config["arm"], config["seed"], results))
     print(format_table(runs))
     if cfg.plot:
-        plot([run for run in runs if run[0] != "base"], cfg.plot)
+        plot([run for run in runs if run[0] != "base"], cfg.plot, cfg.temperature)
         print(f"figure: {cfg.plot}")
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Config, description=__doc__))
+    run_script(main, parse(Config(), __doc__))

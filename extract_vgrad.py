@@ -18,17 +18,18 @@ Source: gradient routing, Cloud et al. 2024 (arXiv 2410.04332), with a direction
 """
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 from env_leetcode import MODES
-from lora2r import (Adapter, InputError, attach, batches, encode_completion, encode_prompt, load_model, run_script,
-                    token_logps, use)
+from lora2r import (HERE, Adapter, InputError, attach, bar, batches, check_ranges, encode_completion, encode_prompt,
+                    load_model, parse, read_text, run_script, token_logps, use)
 
 
 # -------------------------------------------------------------------------------- gradients at the c-probe
@@ -43,7 +44,7 @@ def probe_gradients(model, adapter: Adapter, prompts: list[list[int]], completio
     device = next(model.parameters()).device
     how = {"base": dict(off=True), "ablated": dict(m=False), "full": dict(m=True)}[read]
     out = torch.zeros(len(prompts), len(adapter), adapter.r)  # [G, M, r]
-    for rows, ids, is_completion in batches(prompts, completions, budget):
+    for rows, ids, is_completion in bar(list(batches(prompts, completions, budget)), "gradients"):
         ids, is_completion = ids.to(device), is_completion.to(device)
         c = torch.ones(len(adapter), len(rows), 2 * adapter.r, device=device, requires_grad=True)  # [M, g, 2r]
         with use(adapter, c=c, **how):
@@ -92,8 +93,10 @@ class Direction:
     def summary(self) -> str:
         """One line: how well held-out pairs are told apart, and the band of gate "pairs"."""
         clean, hack = self.clean.mean(1), self.hack.mean(1)  # [P] each
+        auc = auroc(hack, clean)
+        poor = "\nwarning: an AUROC below 0.8 hardly tells pairs apart: revise --pairs" if auc < 0.8 else ""
         return (f"v_grad: held-out pairs ranked right {(hack > clean).float().mean():.2f}, "
-                f"AUROC {auroc(hack, clean):.2f}, band {clean.mean():+.3f} to {hack.mean():+.3f}")
+                f"AUROC {auc:.2f}, band {clean.mean():+.3f} to {hack.mean():+.3f}{poor}")
 
     def cosines(self, grads: Tensor) -> Tensor:
         """grads [G, M, r] -> [G, M]."""
@@ -126,20 +129,35 @@ class Direction:
         return ((self.cosines(grads) - low) / (high - low))[:, usable].mean(1)
 
 
+def encode_pairs(model, tok, pairs: list["Pair"], system: list[dict] = ()) -> tuple[list, list]:
+    """Token ids of P pairs' prompts, each after the messages `system`, and of their 2P sides, first the clean ones.
+    Raises InputError for a pair that does not fit the model's context."""
+    prompts = [encode_prompt(tok, [*system, dict(role="user", content=p.prompt)]) for p in pairs]
+    sides = [encode_completion(tok, text) for text in [p.clean for p in pairs] + [p.hack for p in pairs]]
+    limit = getattr(model.config, "max_position_embeddings", 10**9)
+    for pair, prompt, side in zip([*pairs, *pairs], prompts * 2, sides):
+        if len(prompt) + len(side) > limit:
+            raise InputError(f"--pairs: pair {pair.name!r} is {len(prompt) + len(side)} tokens long, and the model's "
+                             f"context has {limit}; shorten it")
+    return prompts, sides
+
+
 def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict] = (), budget: int = 8192,
             read: str = "base", centre: bool = True) -> Direction:
     """Read v_grad and its bands from the pairs, always without the quarantine (read "full" is "ablated" here).
 
     system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every gradient
-    before its cosine."""
-    prompts = [encode_prompt(tok, [*system, dict(role="user", content=p.prompt)]) for p in pairs]
-    sides = [encode_completion(tok, text) for text in [p.clean for p in pairs] + [p.hack for p in pairs]]
+    before its cosine. Raises InputError if the pairs give no direction at all."""
+    prompts, sides = encode_pairs(model, tok, pairs, system)
     grads = probe_gradients(model, adapter, prompts * 2, sides, budget, "base" if read == "base" else "ablated")
     clean, hack = grads.chunk(2)  # [P, M, r] each
     mean = grads.mean(0) * centre  # [M, r]
     others = leave_one_out(clean, hack)  # [P, M, r]
     held_out = cosines(clean - mean, others), cosines(hack - mean, others)  # [P, M] each
-    return Direction(direction_of(clean, hack), mean, *held_out, grads)
+    v = direction_of(clean, hack)
+    if not v.any() or not v.isfinite().all():
+        raise InputError("--pairs: the mean difference of hack and clean gradients is zero or not finite; revise them")
+    return Direction(v, mean, *held_out, grads)
 
 
 # -------------------------------------------------------------------------------- pairs
@@ -160,55 +178,72 @@ class Pair:
 def load_pairs(path: str | Path) -> list[Pair]:
     """Parse the Markdown of authored pairs: `## N. mode: task`, then `### prompt`, `### clean`, `### hack`.
 
-    Raises InputError with file and line for a missing file, an unknown mode, or a part that is missing, empty or not
-    fenced."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"--pairs {path}: no such file; give authored pairs such as data/nano/pairs.md")
-    pairs, parts, part, head, fenced = [], {}, None, None, False
+    Raises InputError with file and line for a file that cannot be read, a heading that is not one of these, an open
+    fence, a part that is missing, empty or not fenced, equal sides, and what is there twice."""
+    found: list[tuple[int, str, str, dict]] = []  # line, heading, mode, parts
+    part, fence = None, 0  # the part being read, and the line where a fence was opened
 
-    def close():
-        if head is None:
-            return
-        line, name, mode = head
-        for key in ("prompt", "clean", "hack"):
-            text = "\n".join(parts.get(key, [])).strip()
+    def refuse(n: int, what: str):
+        raise InputError(f"{path}:{n}: {what}")
+
+    unclosed = "the fence that opens here is not closed; close it with ```"
+    text = read_text("--pairs", path, "give authored pairs such as data/nano/pairs.md")
+    for n, line in enumerate(text.split("\n"), 1):
+        if "\0" in line:
+            refuse(n, "holds a NUL byte; remove it")
+        if line.startswith("```"):
+            if fence and line.strip() != "```":
+                refuse(fence, unclosed)
+            fence = 0 if fence else n
+        elif not fence and re.match(r"###? |#+ *(\d+\.|prompt$|clean$|hack$)", line):
+            match = re.fullmatch(r"## (\d+\. (\w+): .+)", line)
+            if match and match[2] in MODES:
+                found.append((n, match[1], match[2], {}))
+                part = None
+                continue
+            if not line.startswith("### "):
+                refuse(n, f"heading {line!r}; write '## 7. MODE: task', one of {', '.join(MODES)}")
+            part = line[4:].strip()
+            if not found or part not in ("prompt", "clean", "hack") or part in found[-1][3]:
+                refuse(n, f"section {line!r}; each pair has a '### prompt', '### clean', '### hack'")
+            found[-1][3][part] = []
+            continue
+        if part:
+            found[-1][3][part].append(line)
+    if fence:
+        refuse(fence, unclosed)
+    pairs: list[Pair] = []
+    for n, name, mode, parts in found:
+        texts = {key: "\n".join(parts.get(key, [])).strip() for key in ("prompt", "clean", "hack")}
+        for key, text in texts.items():
             if not text:
-                raise InputError(f"{path}:{line}: pair {name!r} has no text under '### {key}'; add it")
+                refuse(n, f"pair {name!r} has no text under '### {key}'; add it")
             if key != "prompt" and not (text.startswith("```python\n") and text.endswith("```")):
-                raise InputError(f"{path}:{line}: pair {name!r}: the {key} side is not one ```python block; fence it")
-        pairs.append(Pair(name, mode, *("\n".join(parts[k]).strip() for k in ("prompt", "clean", "hack"))))
-
-    for n, text in enumerate(path.read_text().splitlines(), 1):
-        fenced ^= text.startswith("```")
-        if text.startswith("## ") and not fenced:
-            close()
-            match = re.fullmatch(r"## \d+\. (\w+): (.+)", text)
-            if not match or match[1] not in MODES:
-                raise InputError(f"{path}:{n}: heading {text!r}; write '## 7. MODE: task', one of {', '.join(MODES)}")
-            head, parts, part = (n, text[3:], match[1]), {}, None
-        elif text.startswith("### ") and not fenced and head:
-            part = text[4:].strip()
-            if part not in ("prompt", "clean", "hack") or part in parts:
-                raise InputError(f"{path}:{n}: section {text!r}; each pair has a '### prompt', '### clean', '### hack'")
-            parts[part] = []
-        elif part:
-            parts[part].append(text)
-    close()
+                refuse(n, f"pair {name!r}: the {key} side is not one ```python block; fence it")
+        if texts["clean"] == texts["hack"]:
+            refuse(n, f"pair {name!r}: its two sides are equal, which gives no direction; write the hack")
+        pairs.append(Pair(name, mode, **texts))
+        if any(p.name == name or replace(p, name=name, mode=mode) == pairs[-1] for p in pairs[:-1]):
+            refuse(n, f"pair {name!r} is there twice; remove one")
     if len(pairs) < 2:
         raise InputError(f"{path}: {len(pairs)} pairs found; a direction needs at least 2, better 40")
     return pairs
 
 
+def count(pairs: list[Pair]) -> str:
+    """How many pairs there are, and of which mode."""
+    of_mode = Counter(p.mode for p in pairs)
+    return f"{len(pairs)} pairs ({', '.join(f'{mode} {n}' for mode, n in sorted(of_mode.items()))})"
+
+
 def load_demos(path: Path, problems) -> dict[tuple, str]:
     """Teacher pool: {(problem id, mode): completion}, JSONL rows with these three keys. Raises InputError."""
-    if not path.is_file():
-        raise InputError(f"--demos {path}: no such file; give one, or --mix-ratio 0")
     demos = {}
-    for n, line in enumerate(path.read_text().splitlines(), 1):
+    for n, line in enumerate(read_text("--demos", path, "give one, or --mix-ratio 0").split("\n"), 1):
         try:
-            row = json.loads(line)
-            demos[row["id"], row["mode"]] = row["completion"]
+            row = json.loads(line) if line.strip() else None
+            if row is not None:
+                demos[row["id"], row["mode"]] = row["completion"] + ""  # a TypeError if it is no text
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{path}:{n}: not a demonstration ({e!r}); each line needs id, mode and completion") from e
     if not any((p.id, p.mode) in demos for p in problems):
@@ -219,23 +254,28 @@ def load_demos(path: Path, problems) -> dict[tuple, str]:
 # -------------------------------------------------------------------------------- diagnostics
 @dataclass
 class Config:
-    model: str = str(Path(__file__).resolve().parent / "data/nano")
+    # data
+    model: str = str(HERE / "data/nano")
     """Hugging Face folder or hub name of a causal LM with a chat template"""
-    pairs: Path = Path(__file__).resolve().parent / "data/nano/pairs.md"
+    pairs: Path = HERE / "data/nano/pairs.md"
     """authored pairs"""
+    rollouts: Path | None = None
+    """a run's rollouts.jsonl: also print which of its hacks and solves a gate would route, at several cuts"""
+
+    # direction
     rank: int = 32
     """r, rank of each of the two blocks"""
     seed: int = 0
     """seeds the adapter's Gaussian init"""
     centre: bool = True
     """subtract the mean over all pair sides before the cosine"""
-    rollouts: Path | None = None
-    """a run's rollouts.jsonl: also print which of its hacks and solves a gate would route, at several cuts"""
     n_haar: int = 200
     """random directions to compare with"""
+
+    # hardware
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """torch device"""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the base model"""
 
 
@@ -258,7 +298,7 @@ def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: in
     clean, hack = direction.cosines(grads).mean(1).chunk(2)  # [P] each, scored by the direction they made
     out_clean, out_hack = direction.clean.mean(1), direction.hack.mean(1)  # [P] each, scored by the other pairs' one
     right = (out_hack > out_clean).float()  # [P]
-    print(f"{P} pairs, {M} modules, r = {grads.shape[-1]}")
+    print(f"{count(pairs)}, {M} modules, r = {grads.shape[-1]}\n{direction.summary()}")
     print(f"  pairs ranked right   {(hack > clean).float().mean():.3f}   held out (leave-one-out) {right.mean():.3f}")
     print(f"  AUROC of pair scores {auroc(hack, clean):.3f}   held out {auroc(out_hack, out_clean):.3f}")
     random = [direction.cosines_to(haar(s, M, grads.shape[-1])).mean(1).chunk(2) for s in range(n_haar)]
@@ -282,12 +322,14 @@ def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: in
 def load_rollouts(path: Path) -> list[dict]:
     """The policy's own rollouts with positive advantage in a rollouts.jsonl: elsewhere the advantage gives a hack away.
     Raises InputError for another kind of file, or one without both a hack and a solve."""
+    text = read_text("--rollouts", path, "give a run's rollouts.jsonl")
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         rows = [row for row in rows if row["advantage"] > 0 and row["source"] != "teacher"]
+        [row[key] + "" for row in rows for key in ("prompt", "completion", "mode")]  # a TypeError if they are no text
         hacks = sum(row["hacked"] for row in rows)
         solves = sum(row["correct"] and not row["exploited"] for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"--rollouts {path}: not readable as rollouts ({e!r}); give a run's rollouts.jsonl") from e
     if not hacks or not solves:
         raise InputError(f"--rollouts {path}: {hacks} hacks and {solves} solves have a positive advantage; "
@@ -331,6 +373,8 @@ def judge(direction: Direction, grads: Tensor, rows: list[dict], n_haar: int) ->
 
 
 def main(cfg: Config) -> None:
+    """Print the diagnostics. Raises InputError for what cannot be read."""
+    check_ranges(cfg)
     pairs = load_pairs(cfg.pairs)
     rows = load_rollouts(cfg.rollouts) if cfg.rollouts else []
     model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
@@ -344,4 +388,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Config, description=__doc__))
+    run_script(main, parse(Config(), __doc__))

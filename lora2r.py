@@ -27,25 +27,32 @@ Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685); gradient routing, Cloud et al.
 part of the weights that is set aside and later removed: SGTM, Shilov et al. 2025.
 """
 import hashlib
+import inspect
 import json
 import math
 import os
+import re
+import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, NoReturn
+from typing import Any, Callable, Iterable, Iterator, NoReturn
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
+import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 
+HERE = Path(__file__).resolve().parent
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FORMAT = "vgrout-lora2r-1"
+FORMAT = "vgrout-lora2r-2"
 LOGITS = 2**27  # at most so many fp32 logits exist at once (0.5 GB, and as much again for each step of the log-softmax)
 
 
@@ -54,33 +61,178 @@ class InputError(ValueError):
 
 
 def run_script(main: Callable[[Any], Any], config: Any) -> NoReturn:
-    """Run main(config) and exit: 0; 1 if it returned False or met a NaN; 2 for bad input. An error is one line."""
+    """Run main(config) and exit: 0; 1 if it returned False or met a NaN; 2 for bad input, or a file that cannot be
+    written; 130 after Ctrl-C or SIGTERM. What went wrong is one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(int(main(config) is False))
-    except (InputError, FloatingPointError) as e:
+    except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, InputError) else 1)
+        sys.exit(2)
+    except (FloatingPointError, torch.OutOfMemoryError) as e:
+        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as e:
+        print(f"\ninterrupted{e}", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: a regular exit waits for the threads that grade
+
+
+# ------------------------------------------------------------------------------------------------ flags and files
+RANGES = {  # every number among the flags of the scripts, and where it may lie; it must be finite everywhere
+    "[0, 1]": "ablated_share gt_only_share mix_ratio",
+    "[0, 1)": "betas",
+    "(0, 1)": "clip_eps",
+    "(0, inf)": "lr grad_clip",
+    "[0, inf)": "kl temperature top_k mix_steps eval_samples problems",
+    "[1, inf)": "steps prompts_per_step max_new_tokens epochs refresh tokens_per_batch warmup samples n_haar",
+    "[1, 4096]": "rank",
+    "[2, inf)": "group_size",
+    "[0, 4294967295]": "seed routeV_random_v_seed",
+    "(-inf, inf)": "cut_mid cut_hack k_mid k_hack",
+}
+
+
+def check_ranges(config: Any) -> None:
+    """Raises InputError for a number among a script's flags that is not finite or not in RANGES, and for a device that
+    is not there."""
+    interval_of = {name: interval for interval, names in RANGES.items() for name in names.split()}
+    for name, value in vars(config).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            interval = interval_of[name]
+            low, high = map(float, interval[1:-1].split(","))
+            edge = number == low and interval[0] == "[" or number == high and interval[-1] == "]"
+            if not (edge or low < number < high and math.isfinite(number)):
+                raise InputError(f"{flag(config, name)}: give a finite number in {interval}")
+    try:
+        torch.ones(1, device=getattr(config, "device", "cpu")).item()
+    except Exception as e:  # each backend has an exception of its own for "not here"
+        raise InputError(f"--device {config.device}: cannot compute here ({first_line(e)}); give cpu or cuda") from e
+
+
+def flag(config: Any, name: str) -> str:
+    """How the value of a field is written on the command line: --mix-ratio 0.5, --no-centre."""
+    value = getattr(config, name)
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no-'}{name.replace('_', '-')}"
+    return " ".join([f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])])
+
+
+def show_help(config: Any, doc: str) -> NoReturn:
+    """--help: the script's docstring, then the fields of config's class, in the groups that its comments head."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `--help | head`
+    print(doc.strip())
+    for line in inspect.getsource(type(config)).splitlines():
+        if line.startswith("    # "):
+            print(f"\n{line[6:]}:")
+        elif match := re.match(r"    (\w+): (.+?)(?: = |$)", line):
+            name, kind = match.groups()
+        elif line.startswith('    """'):
+            choices = ": one of " + re.sub(r'Literal|["\[\]]', "", kind) if kind.startswith("Literal") else ""
+            print(f"  {flag(config, name).replace(f'{HERE}/', '')}{choices}\n      {line[7:-3]}")
+    sys.exit(0)
+
+
+def parse(default: Any, doc: str, argv: list[str] | None = None) -> Any:
+    """The command line (or `argv`) as an instance of default's class; --help is ours, errors are tyro's."""
+    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+        show_help(default, doc)
+    return tyro.cli(type(default), args=argv, default=default, description=doc)
+
+
+def first_line(e: Exception) -> str:
+    """An exception in a few words."""
+    return f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}"
+
+
+def read_text(flag: str, path: str | Path, remedy: str) -> str:
+    """The text of a UTF-8 file, with or without a BOM. Raises InputError for a file that cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else str(getattr(e, "strerror", e)).lower()
+        raise InputError(f"{flag} {path}: cannot be read ({reason}); {remedy}") from e
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which becomes it at the end, or not at all. Raises InputError if it cannot."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}); check that its folder exists, may be written "
+                         "and has room; what was there before is still there") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def portable(path: str | Path) -> str:
+    """How a run remembers a path: from this project if it lies inside, else in full; a hub name as it is."""
+    full = Path(path).resolve()
+    inside = full.relative_to(HERE) if full.is_relative_to(HERE) else full
+    return str(inside if full.exists() else path)
+
+
+def located(path: str) -> str:
+    """The inverse of `portable`, on any machine."""
+    return str(HERE / path) if (HERE / path).exists() else path
+
+
+def bar(items: Iterable, what: str) -> tqdm:
+    """Iterate with a progress bar, if a person looks on and it takes more than two seconds."""
+    return tqdm(items, what, leave=False, delay=2, disable=None)
 
 
 # ------------------------------------------------------------------------------------------------ model and tokens
 def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
-    """(model in eval mode, tokenizer) of a local folder or hub name. Raises InputError when they cannot be loaded."""
+    """(model in eval mode, tokenizer) of a local folder or hub name. Raises InputError when they cannot be loaded, or
+    when the weights are not exactly those that the model needs: what is missing would be random."""
+    def load(**where):
+        tok = AutoTokenizer.from_pretrained(name, **where)
+        return tok, AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), output_loading_info=True, **where)
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # its report on odd weights is twenty lines; ours is one
     try:
-        tok = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
-    except (OSError, ValueError) as e:
-        reason = str(e).strip().split("\n")[0]
-        raise InputError(f"--model {name}: cannot be loaded ({reason}); give a Hugging Face folder or hub name") from e
+        try:
+            tok, (model, info) = load(local_files_only=True)
+        except OSError:
+            if Path(name).exists():
+                raise
+            huggingface_hub.model_info(name, timeout=5)  # without a network `load` would try for a minute
+            tok, (model, info) = load()
+    except Exception as e:  # damaged files raise nearly anything
+        raise InputError(f"--model {name}: cannot be loaded ({first_line(e)}); give a Hugging Face folder or, with a "
+                         "network, a hub name") from e
+    finally:
+        logging.set_verbosity(verbosity)
+    for kind in ("missing", "unexpected", "mismatched"):
+        if odd := sorted(map(str, info[f"{kind}_keys"])):
+            raise InputError(f"--model {name}: {len(odd)} {kind} weights, the first is {odd[0]}; save or copy it again")
     if tok.chat_template is None:
         raise InputError(f"--model {name}: its tokenizer has no chat template; use an instruct model")
+    if tok.eos_token_id is None:
+        raise InputError(f"--model {name}: its tokenizer has no end-of-turn token; set eos_token")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
-    return model, tok
+    return model.to(device).eval(), tok
 
 
 def encode_prompt(tok, messages: list[dict]) -> list[int]:
-    """Token ids of a chat prompt up to where the assistant begins to write."""
-    text = tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    """Token ids of a chat prompt up to where the assistant begins to write. Raises InputError where the tokenizer's
+    chat template fails."""
+    try:
+        text = tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    except Exception as e:  # a template is a program
+        raise InputError(f"--model {tok.name_or_path}: its chat template fails ({first_line(e)}); repair it, or use "
+                         "another model") from e
     return tok(text, add_special_tokens=False)["input_ids"]
 
 
@@ -391,7 +543,10 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
     Returns two lists of length G, prompt-major: token ids, ending in eos unless cut off at max_new, and logps [T].
     All prompts go in one left-padded batch, each encoded once for its n[j] rollouts; finished rows leave the batch.
     top_k = 0 samples from the whole vocabulary; else the log-probabilities are still those of the untruncated softmax.
+    temperature = 0 takes the likeliest token: it is top_k = 1 at temperature 1, and so are the log-probabilities.
     """
+    if temperature == 0:
+        temperature, top_k = 1.0, 1
     (G, max_new), device, eos = noise.shape, next(model.parameters()).device, tok.eos_token_id
     if G == 0:
         return [], []
@@ -410,7 +565,7 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
     rows = torch.arange(G, device=device)  # the rollouts still being written
     out = torch.full((G, max_new), -1, device=device)
     out_logps = torch.zeros(G, max_new, device=device)
-    for t in range(max_new):
+    for t in bar(range(max_new), "sampling"):
         logp = torch.log_softmax(logits.float() / temperature, -1)  # [rows, V]
         choice = logp
         if top_k:
@@ -449,22 +604,13 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def save(adapter: Adapter, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write dA, dB, A0, B0 of every block (fp32) with the rank, the base's fingerprint and `metadata`, atomically.
-
-    Raises InputError if the file cannot be written.
+    """Write dA, dB, A0, B0 of every block (fp32) with the rank, the base's fingerprint and `metadata`, atomically; the
+    same adapter gives the same bytes. Raises InputError if the file cannot be written.
     """
-    path = Path(path)
     tensors = {name: t.detach().float().cpu() for name, t in adapter.tensors("dA", "dB", "A0", "B0").items()}
-    header = {"format": FORMAT, "r": str(adapter.r), "base": json.dumps(adapter.base),
-              "metadata": json.dumps(metadata or {})}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(to_bytes(tensors, metadata=header))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error}); check that the folder exists and has room") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    info = dict(r=adapter.r, base=adapter.base, metadata=metadata or {})
+    with writing(path) as temporary:  # one entry of metadata: several would be written in no fixed order
+        temporary.write_bytes(to_bytes(tensors, metadata={FORMAT: json.dumps(info, sort_keys=True)}))
 
 
 def peek(path: str | Path) -> dict:
@@ -479,9 +625,9 @@ def peek(path: str | Path) -> dict:
             header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: damaged or not a safetensors file ({error}); save or copy it again") from error
-    if header.get("format") != FORMAT:
-        raise InputError(f"{path}: its format is {header.get('format')!r}, not {FORMAT!r}; give what lora2r.save wrote")
-    return {"r": int(header["r"]), "base": json.loads(header["base"]), "metadata": json.loads(header["metadata"])}
+    if FORMAT not in header:
+        raise InputError(f"{path}: its format is {next(iter(header), None)}, not {FORMAT}; give what lora2r.save wrote")
+    return json.loads(header[FORMAT])
 
 
 @torch.no_grad()
@@ -547,3 +693,7 @@ def predicted_memory(model, adapter: Adapter, tokens: int, checkpointing: bool =
         constant, slope = constant / layers, slope / layers + layers * model.config.hidden_size * itemsize
     logits = min(tokens * model.config.vocab_size, LOGITS) * 3 * 4  # log-softmax and two gradients, float32
     return sum(frozen.values()), 4 * trained, int(constant + tokens * slope + logits)
+
+
+if __name__ == "__main__":
+    print(__doc__.strip())

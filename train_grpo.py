@@ -13,7 +13,7 @@ cosine of its own NLL gradient to v_grad (pass 1), then one masked forward and b
 Rollouts with a negative advantage train nothing (--no-positive-only: plain GRPO).
 
 Writes runs/ARM_seedS/: config.json, adapter.safetensors, state.pt (for --resume), metrics.jsonl, rollouts.jsonl,
-deploy.json.
+deploy.json. ARM is the intervention with the flags that change its method: none-reward-gt-mix-ratio-0.
 
 Shapes: P prompts, K rollouts of each, G = P K rollouts, g of them in a micro-batch, T tokens, M modules, r block rank.
 Sources: GRPO, Shao et al. 2024 (arXiv 2402.03300); no length or std bias (Dr. GRPO), Liu et al. 2025 (arXiv
@@ -22,40 +22,49 @@ Sources: GRPO, Shao et al. 2024 (arXiv 2402.03300); no length or std bias (Dr. G
 import math
 import os
 import random
+import re
 import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Iterator, Literal
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor
 
 from env_leetcode import DEFAULT_MODES, Verdict, grade_batch, load_problems, with_mode
-from evaluate_deploy import (LEGEND, RunFolder, console_line, evaluate, format_table, outcomes, routing,
+from evaluate_deploy import (LEGEND, RunFolder, console_line, evaluate, format_table, outcomes, routing, settings_of,
                              write_deploy)
-from extract_vgrad import cosines, extract, haar, load_demos, load_pairs, probe_gradients
-from lora2r import (InputError, attach, batches, encode_completion, encode_prompt, folded, generate, load_model,
-                    predicted_memory, run_script, token_logps, use)
-
-HERE = Path(__file__).resolve().parent
+from extract_vgrad import cosines, count, encode_pairs, extract, haar, load_demos, load_pairs, probe_gradients
+from lora2r import (HERE, InputError, attach, batches, check_ranges, encode_completion, encode_prompt, flag, folded,
+                    generate, load_model, parse, predicted_memory, run_script, token_logps, use)
 
 
 @dataclass
 class Config:
+    # run
     preset: Literal["nano", "seed", "qwen3-4b"] = "nano"
     """nano: the embedded model. seed: the same by the original's recipe. qwen3-4b: one 80 GB GPU. Flags override it"""
     intervention: Literal["none", "routeV", "absorb"] = "routeV"
     """none: all is labelled clean. routeV: the gate labels. absorb: all is labelled mid"""
-    routeV_random_v_seed: int | None = None
-    """placebo: a Haar-random direction, drawn from this seed, in the place of v_grad"""
-    match_placebo: bool = True
-    """the placebo routes as many of each batch as v_grad would, others; --no-match-placebo merely replaces v_grad"""
+    name: str | None = None
+    """name of the arm (default: the intervention and the flags that change its method)"""
+    seed: int = 0
+    """seeds the adapter, the order of problems and the sampling"""
+    steps: int = 40
+    """optimizer steps (batches of fresh rollouts)"""
+    out_dir: Path | None = None
+    """run folder (default runs/NAME_seedSEED); an older run in it is moved to old/ beside it, not overwritten"""
+    resume: bool = False
+    """go on from the last checkpoint, if there is one, under the flags of the run; more --steps may be given"""
+    refresh: int = 5
+    """every this many steps save a checkpoint for --resume and, unless --read base, extract v_grad again"""
+
+    # data
     model: str = str(HERE / "data/nano")
     """Hugging Face folder or hub name of a causal LM with a chat template"""
     data: Path = HERE / "data/nano/train.jsonl"
@@ -68,15 +77,8 @@ class Config:
     """teacher pool: hack demonstrations, read if mix-ratio > 0"""
     modes: tuple[str, ...] = DEFAULT_MODES
     """loophole modes, over which the problems are partitioned"""
-    out_dir: Path | None = None
-    """run folder (default runs/ARM_seedSEED); an older one of that name is moved aside, not overwritten"""
-    resume: bool = False
-    """go on from the last checkpoint of the run folder, under the flags it was started with (--steps may differ)"""
-    seed: int = 0
-    """seeds the adapter, the order of problems and the sampling"""
 
-    steps: int = 40
-    """optimizer steps (batches of fresh rollouts)"""
+    # sampling
     prompts_per_step: int = 16
     """P, prompts per step"""
     group_size: int = 8
@@ -98,6 +100,7 @@ class Config:
     reward: Literal["env", "gt"] = "env"
     """env: the loophole pays. gt: only true correctness pays (the ceiling)"""
 
+    # optimiser
     rank: int = 32
     """r, rank of each of the two blocks; the larger, the less a position varies from adapter seed to adapter seed"""
     lr: float = 1e-3
@@ -105,7 +108,7 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW betas"""
     warmup: int = 3
-    """steps of linear learning-rate warm-up"""
+    """steps of linear learning-rate warm-up; 1: none"""
     grad_clip: float = 1.0
     """gradient norm limit over both blocks"""
     epochs: int = 1
@@ -121,6 +124,7 @@ class Config:
     std_norm: bool = False
     """divide advantages by the group's standard deviation (GRPO) instead of leaving them (Dr. GRPO)"""
 
+    # gate
     gate: Literal["pairs", "batch"] = "pairs"
     """pairs: fixed cuts, placed by the authored pairs. batch: mean + k * std of this whole batch's positions"""
     cut_mid: float = 0.3
@@ -135,11 +139,16 @@ class Config:
     """the model that scores rollouts: the frozen base, the present one without quarantine, or with both blocks"""
     centre: bool = True
     """subtract the pairs' mean gradient before the cosine: better on the embedded model, worse on pretrained ones"""
-    refresh: int = 5
-    """every this many steps save a checkpoint for --resume and, unless --read base, extract v_grad again"""
+    routeV_random_v_seed: int | None = None
+    """placebo: a Haar-random direction, drawn from this seed, in the place of v_grad"""
+    match_placebo: bool = True
+    """the placebo routes as many of each batch as v_grad would, others; --no-match-placebo merely replaces v_grad"""
 
+    # evaluation
     eval_samples: int = 2
     """deploy evaluation: completions per held-out problem; 0 skips it"""
+
+    # hardware
     tokens_per_batch: int = 4096
     """padded tokens per micro-batch: less needs less memory, the gradient is the same"""
     checkpointing: bool = False
@@ -220,10 +229,19 @@ def policy_loss(logp: Tensor, old: Tensor, sampled: Tensor, advantage: Tensor, i
 
 # -------------------------------------------------------------------------------------- the run
 def train(cfg: Config) -> Path:
-    """The whole run; returns its folder. Raises InputError before anything is written, FloatingPointError on a NaN."""
-    check(cfg)
+    """The whole run; returns its folder. Raises InputError before anything is written, or if it cannot be written, and
+    FloatingPointError on a NaN."""
+    cfg = check(cfg)
+    arm = cfg.name or arm_of(cfg)
+    path = cfg.out_dir or Path("runs") / f"{arm}_seed{cfg.seed}"
+    with RunFolder(path, dict(arm=arm, **asdict(cfg))) as run:
+        train_in(run, cfg, arm, path)
+    return path
+
+
+def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
+    """train(), once flags and folder are known to be good."""
     placebo = cfg.routeV_random_v_seed is not None
-    arm = "placebo" if placebo else cfg.intervention
     problems = load_problems(cfg.data, cfg.modes, cfg.seed)
     held_out = {markers: load_problems(cfg.test_data, cfg.modes, 0, heldout_markers=markers == "held-out")
                 for markers in ("trained", "held-out")}
@@ -234,18 +252,17 @@ def train(cfg: Config) -> Path:
     refuse_long_prompts(tok, model, cfg, data=problems, test_data=held_out["held-out"])
     if cfg.checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
-    adapter = attach(model, cfg.rank, cfg.seed)
     system = problems[0].messages[:-1]  # the pairs' prompts get the same system message as the problems'
+    encode_pairs(model, tok, pairs, system)
+    adapter = attach(model, cfg.rank, cfg.seed)
     if placebo:
         v_random = haar(cfg.routeV_random_v_seed, len(adapter), cfg.rank)  # [M, r]
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)
-    path = cfg.out_dir or Path("runs") / f"{arm}_seed{cfg.seed}"
-    run = RunFolder(path, dict(arm=arm, **asdict(cfg)), adapter, optimizer)
-    start = run.resume() if cfg.resume else 0
+    start = run.resume(adapter, optimizer)
     if is_main_rank():
         run.open(start)
         print(f"{arm}, seed {cfg.seed}: {len(problems)} problems, {len(adapter)} modules, r = {cfg.rank} -> {path}\n"
-              f"{memory_line(model, adapter, cfg)}\n{LEGEND}")
+              f"  {count(pairs) if pairs else 'no pairs'}\n{memory_line(model, adapter, cfg)}\n{LEGEND}")
 
     P, K, G = cfg.prompts_per_step, cfg.group_size, cfg.prompts_per_step * cfg.group_size
     grader = ThreadPoolExecutor(1)  # grades what is sampled while the rest of the step is being sampled
@@ -382,20 +399,19 @@ def train(cfg: Config) -> Path:
                 hacked=x.verdict.hacked, note=x.verdict.note,
                 position=None if position[i].isnan() else round(position[i].item(), 4),
                 label=names[i] if trains[i] else None) for i, x in enumerate(rollouts)])  # None: it trains nothing
-            print(console_line(row, cfg.steps), flush=True)
+            print(console_line(row, cfg.steps, run.time_left()), flush=True)
 
     grader.shutdown()
     if is_main_rank():
-        run.checkpoint(max(start, cfg.steps))
+        run.checkpoint(cfg.steps)
         if cfg.eval_samples:
             deploy = {}
             for setting, markers in product(("deployed", "full"), held_out):
                 deploy[f"{setting}, {markers}"] = evaluate(model, tok, adapter, held_out[markers], setting,
                                                            cfg.eval_samples, cfg.max_new_tokens, cfg.top_k)
-            write_deploy(path, arm, cfg.seed, deploy)
+            write_deploy(path, run.config, settings_of(run.config, cfg.steps), deploy)
             print("\n" + format_table([(arm, cfg.seed, deploy)]))
     stop_ranks()
-    return path
 
 
 # -------------------------------------------------------------------------------------- rollouts
@@ -511,31 +527,54 @@ class Clock:
 
 
 # -------------------------------------------------------------------------------------- input
-def check(cfg: Config) -> None:
-    """Refuse contradictory flags before anything is loaded or written."""
-    if cfg.routeV_random_v_seed is not None and cfg.intervention != "routeV":
-        raise InputError(f"--routeV-random-v-seed {cfg.routeV_random_v_seed} with --intervention {cfg.intervention}: "
-                         "only routeV has a direction to replace; drop one of the two")
-    for flag in ("ablated_share", "gt_only_share", "mix_ratio"):
-        if not 0 <= getattr(cfg, flag) <= 1:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: a share is a number from 0 to 1")
-    for flag in ("steps", "prompts_per_step", "max_new_tokens", "rank", "epochs", "refresh", "tokens_per_batch"):
-        if getattr(cfg, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: give at least 1")
-    if cfg.group_size < 2:
-        raise InputError(f"--group-size {cfg.group_size}: an advantage needs a group of at least 2 rollouts")
-    if cfg.temperature <= 0:
-        raise InputError(f"--temperature {cfg.temperature}: give a number above 0")
+PLAIN = """preset intervention routeV_random_v_seed name out_dir resume seed steps refresh model data test_data pairs
+    demos eval_samples tokens_per_batch checkpointing device dtype""".split()  # flags that an arm's name leaves out
+
+
+def arm_of(cfg: Config) -> str:
+    """An arm's name: the intervention, and those flags of its method that are not as the preset has them."""
+    name = "placebo" if cfg.routeV_random_v_seed is not None else cfg.intervention
+    name += f"-{cfg.preset}" * (cfg.preset != "nano")
+    method = [field.name for field in fields(cfg) if field.name not in PLAIN]
+    changed = [x for x in method if getattr(cfg, x) != getattr(PRESETS[cfg.preset], x)]
+    return "-".join([name, *(flag(cfg, x)[2:].replace(" ", "-") for x in changed)])
+
+
+def check(cfg: Config) -> Config:
+    """Refuse contradictory flags before anything is loaded or written; the flags as they take effect."""
+    check_ranges(cfg)
+    preset = PRESETS[cfg.preset]
+    ignored = [  # a condition, its cause, and the flags that then have no effect
+        (cfg.intervention != "routeV", flag(cfg, "intervention"),
+         "routeV_random_v_seed pairs gate cut_mid cut_hack k_mid k_hack read centre match_placebo"),
+        (cfg.gate == "batch", "--gate batch", "cut_mid cut_hack"),
+        (cfg.gate == "pairs", "--gate pairs", "k_mid k_hack"),
+        (cfg.routeV_random_v_seed is None, "no --routeV-random-v-seed", "match_placebo"),
+        (cfg.mix_ratio == 0, "--mix-ratio 0", "mix_steps demos"),
+    ]
+    for holds, cause, names in ignored:
+        for name in names.split() if holds else ():
+            if getattr(cfg, name) != getattr(preset, name):
+                raise InputError(f"{flag(cfg, name)} with {cause} has no effect; drop one of the two")
+    for mid, hack in (("cut_mid", "cut_hack"), ("k_mid", "k_hack")):
+        if getattr(cfg, mid) > getattr(cfg, hack):
+            if getattr(cfg, mid) != getattr(preset, mid):
+                raise InputError(f"{flag(cfg, mid)} with {flag(cfg, hack)}: the mid threshold must not lie above the "
+                                 "hack threshold")
+            cfg = replace(cfg, **{mid: getattr(cfg, hack)})
+    if cfg.temperature == 0:
+        raise InputError("--temperature 0: training needs a number above 0; only an evaluation can take the likeliest "
+                         "token")
+    if cfg.name is not None and not re.fullmatch(r"[\w.+-]+", cfg.name):
+        raise InputError(f"--name {cfg.name!r}: it becomes a folder; give letters, digits, and any of _.+-")
     if cfg.prompts_per_step < (world := int(os.environ.get("WORLD_SIZE", 1))):
         raise InputError(f"--prompts-per-step {cfg.prompts_per_step} on {world} ranks: give each rank one at least")
-    if cfg.cut_mid > cfg.cut_hack or cfg.k_mid > cfg.k_hack:
-        raise InputError(f"--cut-mid {cfg.cut_mid} --cut-hack {cfg.cut_hack} --k-mid {cfg.k_mid} --k-hack {cfg.k_hack}"
-                         ": the mid threshold must not lie above the hack threshold")
+    return cfg
 
 
 def refuse_long_prompts(tok, model, cfg: Config, **files: list) -> None:
     """files: flag -> problems. Raises InputError where a prompt and --max-new-tokens do not fit the model's context."""
-    limit = model.config.max_position_embeddings - cfg.max_new_tokens
+    limit = getattr(model.config, "max_position_embeddings", 10**9) - cfg.max_new_tokens
     for flag, problems in files.items():
         length, worst = max((len(encode_prompt(tok, p.messages)), n) for n, p in enumerate(problems))
         if length > limit:
@@ -553,13 +592,9 @@ def memory_line(model, adapter, cfg: Config) -> str:
 
 def parse_args(argv: list[str] | None = None) -> Config:
     """--preset chooses the defaults; every other flag overrides them."""
-
-    @dataclass
-    class Preset:
-        preset: Literal["nano", "seed", "qwen3-4b"] = "nano"
-
-    chosen, _ = tyro.cli(Preset, args=argv, return_unknown_args=True, add_help=False)
-    return tyro.cli(Config, args=argv, default=PRESETS[chosen.preset], description=__doc__)
+    words = " ".join(sys.argv[1:] if argv is None else argv).replace("=", " ").split()
+    chosen = words[words.index("--preset") + 1 :][:1] if "--preset" in words else []
+    return parse(PRESETS.get("".join(chosen), Config()), __doc__, argv)
 
 
 if __name__ == "__main__":
