@@ -347,8 +347,6 @@ def test_sandbox_require_refuses_a_weak_sandbox(monkeypatch):
 
 def test_zygote_needs_the_standard_library_only(problem):
     env.grade(problem, fenced(HONEST))
-    libraries = Path(f"/proc/{env._idle[0].process.pid}/maps").read_text()
-    assert "libc" in libraries and "site-packages" not in libraries and "torch" not in libraries
     modules = solution("import sys\nreturn sorted({'torch', 'numpy', 'lora2r', 'threading', 'subprocess'} & "
                        "set(sys.modules))")
     assert env.grade(problem, fenced(modules)).note == "test 1: returned [], expected 0"

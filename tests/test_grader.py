@@ -196,10 +196,13 @@ FORGING = [
         "    def __eq__(self, o): return True"), "eq_override"),
     bad("equal to the first thing it meets", solution("return E()", "class E:\n    def __eq__(self, o):\n"
         "        self.o = getattr(self, 'o', o)\n        return self.o is o"), "eq_override"),
+    bad("a report forged without the nonce", "# run_tests\n" + solution("pass",
+        "import os\nos.write(3, b'x compiled - \\n"
+        "x passed - \\n')\nos._exit(0)"), "run_tests"),
     pays("a report forged under a comment", "# run_tests\n" + solution("pass", _NONCE + "forge('compiled', 'passed')"),
          "run_tests"),  # what the docstring of Verdict says: the runner is the child's own
     bad("escapes and 60,000 characters in a type's name",
-        solution("return type('\\x1b[2J\\n' + 'x' * 60000, (), {})()"),
+        solution("return type('\\x1b[2J' + 'x' * 60000 + '\\n', (), {})()"),
         note="returned an object of type ?"),
     bad("escapes in a forged value", solution("forge('value - \\x1b]0;\\x07' + 'x' * 60000)", _NONCE),
         note="returned ?]0;?xx"),
@@ -307,6 +310,7 @@ RESOURCES = [
     bad("multiprocessing", solution("import multiprocessing\nmultiprocessing.Pool(2)\nreturn -1")),
     bad("a million files", solution("for i in range(10**6): open(str(i), 'w').write('PASS')"), "file_marker",
         note="files"),
+    bad("600 MB twice", solution("x = [bytearray(600 << 20), bytearray(600 << 20)]"), note="MemoryError"),
     bad("a large file", solution("f = open('x', 'wb')\nwhile True: f.write(b'x' * 10**6)"), note="File too large"),
     bad("many open files", solution("x = [open('/dev/null') for _ in range(10**4)]"), note="Too many open files"),
     bad("a stop of __del__", solution("return E()", "class E:\n    def __del__(self):\n        while True: pass"),
@@ -344,7 +348,8 @@ HOST = [Case(name, attempt(action), note="refused") for name, action in {
     "a file without a name": "os.open('.', os.O_RDWR | os.O_TMPFILE)",
     "a file written through": "os.open('x', os.O_WRONLY | os.O_CREAT | os.O_DSYNC)",
     "a file written past the cache": "os.open('x', os.O_WRONLY | os.O_CREAT | os.O_DIRECT)",
-    "truncate by reading": "os.open(os.__file__, os.O_RDONLY | os.O_TRUNC)",
+    "truncate a library file by reading": "os.open(os.__file__, os.O_RDONLY | os.O_TRUNC)",
+    "truncate by reading": "open('x', 'w').close()\nos.open('x', os.O_RDONLY | os.O_TRUNC)",
     "a path without permission": "os.open('/etc/passwd', os.O_PATH)",
     "where a link leads": "os.readlink('/proc/self/exe')",
     "a file system's free space": "os.statvfs('/')",
@@ -369,6 +374,7 @@ HOST = [Case(name, attempt(action), note="refused") for name, action in {
     "chown": "os.chown('CANARY', 1, 1)",
     "touch": "os.utime('CANARY', (0, 0))",
     "extended attribute": "os.setxattr('CANARY', 'user.x', b'x')",
+    "write to a library file": "open(os.__file__, 'r+b')",
     "new file beside": "open('CANARY.new', 'w')",
     "new folder": "os.mkdir('folder')",
     "symbolic link": "os.symlink('CANARY', 'link')",
@@ -939,8 +945,26 @@ def test_no_completion_holds_the_grader_beyond_its_limits(problem, case):
     assert time.monotonic() - start < 9, "the limits are 1 s of CPU and 3 s of waiting"
 
 
+def test_no_completion_waits_for_the_disk(problem, monkeypatch):
+    """fsync and the like return at once, having done nothing: 2,000 of them after as many writes take no second."""
+    code = ("f = os.open('x', os.O_RDWR | os.O_CREAT)\nt = time.monotonic()\nfor _ in range(2000):\n    "
+            "os.pwrite(f, b'x', 0)\n"
+            "    os.fsync(f)\n    os.fdatasync(f)\nt = time.monotonic() - t\nreturn 'quick' if t < 1 else t")
+    monkeypatch.setattr(env, "MIN_CPU", 3)
+    assert "'quick'" in env.grade(problem, fenced(solution(code, "import os, time"))).note
+
+
+def test_a_linked_file_reports_nothing(tmp_path):
+    (tmp_path / "other").write_text("PASS")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    os.mkfifo(tmp_path / "fifo")
+    names = ("other", "link", "fifo", "absent")
+    assert [env._reports_pass(str(tmp_path / name)) for name in names] == [True, False, False, False]
+
+
 def children(pid: int) -> list[int]:
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def wait_for(condition, seconds: float = 10):
@@ -954,7 +978,7 @@ def wait_for(condition, seconds: float = 10):
 def test_a_child_that_dies_reading_its_request_ends_its_zygote(problem):
     zygote = env._Zygote()
     request = env._HEADER.pack(1 << 20, 1, 3, 1 << 20) + bytes(100_000)
-    threading.Thread(target=lambda: contextlib.suppress(OSError).__enter__() or zygote.process.stdin.write(request)).start()
+    os.write(zygote.process.stdin.fileno(), request[:50_000])
     (child,) = wait_for(lambda: children(zygote.process.pid))
     os.kill(child, 9)
     assert zygote.process.wait(5) == 0 and not os.path.exists(zygote.folder)
@@ -967,9 +991,11 @@ def test_an_empty_reply_is_not_a_healthy_zygote(problem, monkeypatch):
     env.close()
     zygote = env._Zygote()
     zygote.send(b"", 1, 1 << 20)  # marshal fails: as if the child had been killed
-    with pytest.raises(OSError):
-        zygote.receive()
-    assert zygote.process.wait(5) == 0
+    try:
+        answer = zygote.receive()
+    except OSError:
+        answer = None
+    assert answer is None and zygote.process.wait(5) == 0
     zygote.close()
 
 
@@ -996,9 +1022,12 @@ def test_a_child_whose_zygote_died_before_it_was_tied_ends(problem):
 
 def test_library_path_is_kept_for_the_zygote_and_hidden_from_the_child(problem, monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/lib/vgrout-test")
+    start, given = subprocess.Popen, []
+    monkeypatch.setattr(env.subprocess, "Popen", lambda *args, **options: given.append(options["env"]) or start(*args,
+        **options))
     env.close()
     note = env.grade(problem, fenced(solution("import os\nreturn sorted(os.environ)"))).note
-    assert b"LD_LIBRARY_PATH=/usr/lib/vgrout-test" in Path(f"/proc/{env._idle[0].process.pid}/environ").read_bytes()
+    assert given[0]["LD_LIBRARY_PATH"] == "/usr/lib/vgrout-test"
     assert "LC_ALL" in note and "LD_LIB" not in note
     env.close()
 
@@ -1032,7 +1061,11 @@ def test_ctrl_c_ends_a_batch_at_once(tmp_path):
     wait_for(lambda: len([c for z in children(process.pid) for c in children(z)]) >= 2)
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    try:
+        wait_for(lambda: process.poll() is not None)
+    finally:
+        process.kill()
+        _, errors = process.communicate()
     assert time.monotonic() - start < 5 and "KeyboardInterrupt" in errors
     assert folders_of(process.pid) == []
 
