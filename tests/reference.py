@@ -250,22 +250,19 @@ def update(run, model, optimizer, step, prompts, adv, names):
             if epoch == 0:
                 old[i] = logp.detach()
             ref = model.logps(prompts[x.j], x.ids, cfg.temperature, off=True).detach()  # [T]
-            loss = 0.0
-            for t in range(len(x.ids)):
-                ratio = (logp[t] - old[i][t]).exp()
-                if adv[i] > 0:  # nothing is gained above 1 + eps
-                    gain = adv[i] * min(ratio, torch.tensor(1 + cfg.clip_eps))
-                else:  # nor below 1 - eps
-                    gain = adv[i] * max(ratio, torch.tensor(1 - cfg.clip_eps))
-                more = (old[i][t] - x.logps[t]).exp().item()  # nan: a demonstration
-                weight = min(1.0, more) if cfg.importance and x.source != "teacher" else 1.0
-                kl = (ref[t] - logp[t]).exp() - 1 - (ref[t] - logp[t])
-                loss = loss - weight * gain + cfg.kl * kl
-                log.kl += kl.item() if cfg.kl else 0.0
-                log.clipped += abs(ratio.item() - 1) > cfg.clip_eps
-                log.truncated += cfg.importance and more > 1.001
-                log.tokens += 1
-            loss = loss / (len(rollouts) * cfg.max_new_tokens)
+            ratio = (logp - old[i]).exp()  # [T]
+            if adv[i] > 0:  # nothing is gained above 1 + eps
+                gain = adv[i] * ratio.clamp(max=1 + cfg.clip_eps)
+            else:  # nor below 1 - eps
+                gain = adv[i] * ratio.clamp(min=1 - cfg.clip_eps)
+            more = [1.0] * len(x.ids) if x.source == "teacher" else (old[i] - x.logps).exp().tolist()
+            weight = torch.tensor([min(1.0, w) if cfg.importance else 1.0 for w in more])  # [T]
+            kl = (ref - logp).exp() - 1 - (ref - logp)  # [T]
+            loss = (cfg.kl * kl - weight * gain).sum() / (len(rollouts) * cfg.max_new_tokens)
+            log.kl += kl.sum().item() if cfg.kl else 0.0
+            log.clipped += sum(abs(x - 1) > cfg.clip_eps for x in ratio.tolist())
+            log.truncated += sum(w > 1.001 for w in more) if cfg.importance else 0
+            log.tokens += len(x.ids)
             log.loss += loss.item()
             parameters = model.parameters()
             for key, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)):
