@@ -67,7 +67,7 @@ if not IS_ZYGOTE:  # a zygote has the standard library only, and no threading: i
     import threading
     from concurrent.futures import ThreadPoolExecutor
 
-    from lora2r import InputError, run_script
+    from lora2r import InputError, check_ranges, parse, run_script
 
 MAX_CODE = 100_000  # bytes; longer code is not run
 MIN_CPU = 3  # a run gets this many seconds of CPU, or four times the canonical solution's own time if that is more
@@ -290,7 +290,7 @@ def load_problems(path: str | Path, modes: Sequence[str] = DEFAULT_MODES, seed: 
         raise InputError(f"modes {', '.join(map(str, modes)) or '(none)'}: give one or more, each once, of "
                          f"{', '.join(MODES)}, gt_only")
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', '') or 'not UTF-8 text'}); "
                          "give a problem file, one JSON object a line") from None
@@ -524,8 +524,7 @@ class Config:
 
 def main(config: Config) -> bool:
     """Print the verdict matrix: under each mode, on how many problems each solution is paid. Is every cell as due?"""
-    if config.problems < 0:
-        raise InputError(f"--problems {config.problems}: must be 0 (all) or more")
+    check_ranges(config)
     everything = load_problems(config.data)
     step = max(1, len(everything) // (config.problems or len(everything)))
     problems = everything[::step][: config.problems or None]
@@ -1299,6 +1298,4 @@ def _run_code(task: str, nonce: str, room: int, code: str, setup: bytes, method:
 if IS_ZYGOTE:
     _zygote(sys.argv[2])
 elif __name__ == "__main__":
-    import tyro
-
-    run_script(main, tyro.cli(Config, description=__doc__))
+    run_script(main, parse(Config(), __doc__))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import reference
 import train_grpo
-from env_leetcode import MARKERS, Verdict, grade_batch, load_problems
+from env_leetcode import MODES, Verdict, grade_batch, load_problems
 from extract_vgrad import load_demos
 from lora2r import InputError
 from train_grpo import (CLEAN, HACK, HERE, LABELS, MASKS, MID, Config, advantages, draws, gate, match_shares,
@@ -299,7 +299,12 @@ def test_the_update_is_that_of_the_literal_formulas(run):
 def go(path, small, **changes):
     """Metrics rows, without times, and final adapter tensors of a small run."""
     cuts = dict(rank=8, cut_mid=-0.25, cut_hack=-0.1)  # of a rank so small, and 5 pairs, the positions lie lower
-    out = train(replace(Config(), **small | cuts | changes, out_dir=path))
+    cfg = small | cuts | changes
+    if cfg.get("intervention", "routeV") != "routeV":  # flags without an effect are refused
+        cfg = {name: cfg[name] for name in cfg if name not in ("pairs", "gate", "cut_mid", "cut_hack")}
+    elif cfg.get("gate") == "batch":
+        cfg = {name: cfg[name] for name in cfg if name not in ("cut_mid", "cut_hack")}
+    out = train(replace(Config(), **cfg, out_dir=path))
     rows = read(out, "metrics")
     for row in rows:
         del row["seconds"], row["tokens_per_s"], row["peak_gb"]
@@ -451,8 +456,8 @@ def tell_tale(monkeypatch):
         texts = []
         for prompt, k in zip(prompts, n):
             shown = tok.decode(prompt)
-            held_out = any(names[1] and names[1] in shown for names in MARKERS.values())
-            assert held_out != any(names[0] and names[0] in shown for names in MARKERS.values())
+            held_out = any(names[1] and names[1] in shown for names in (mode.markers for mode in MODES.values()))
+            assert held_out != any(names[0] and names[0] in shown for names in (mode.markers for mode in MODES.values()))
             texts += [f"{'full' if full else 'ablated'} {'held-out' if held_out else 'trained'}"] * k
         return [tok(text)["input_ids"] for text in texts], None
 
