@@ -186,7 +186,10 @@ def positions(run, model, probes):
         low = torch.stack([cosine(g - mean, v) for g in clean]).sort(0).values[3]  # [M]
         high = torch.stack([cosine(g - mean, v) for g in hack]).sort(0).values[3]  # [M]
         usable = [k for k in range(len(v)) if high[k] > low[k]]
-        out = [sum((cosine(g - mean, v)[k] - low[k]) / (high[k] - low[k]) for k in usable) / len(usable) for g in probes]
+        out = []
+        for g in probes:
+            placed = (cosine(g - mean, v) - low) / (high - low)  # [M]
+            out.append(sum(placed[k] for k in usable) / len(usable))
     scores = None if random is None else [cosine(g - mean, random).mean().item() for g in probes]
     return [x.item() for x in out], scores
 

@@ -1,4 +1,4 @@
-"""train_grpo: its arithmetic against hand-computed numbers, whole steps against reference.py, arms, files, bad input."""
+"""train_grpo: its arithmetic by hand, whole steps against reference.py, arms and options, files, bad input."""
 import json
 import math
 import os
@@ -16,7 +16,7 @@ import reference
 import train_grpo
 from env_leetcode import MODES, Verdict, grade_batch, load_problems
 from extract_vgrad import load_demos
-from lora2r import InputError
+from lora2r import InputError, Lora2rLinear, peek
 from train_grpo import (CLEAN, HACK, HERE, LABELS, MASKS, MID, Config, advantages, draws, gate, match_shares,
                         parse_args, policy_loss, train)
 
@@ -49,7 +49,8 @@ def loss_of(ratio, advantage, weight=1.0, **options):
     old = torch.tensor([[0.4]]).log()
     sampled = old - math.log(weight)
     options = dict(clip_eps=0.2, importance=True) | options
-    return policy_loss(old + math.log(ratio), old, sampled, torch.tensor([advantage]), torch.tensor([[True]]), **options)
+    logp, is_completion = old + math.log(ratio), torch.tensor([[True]])
+    return policy_loss(logp, old, sampled, torch.tensor([advantage]), is_completion, **options)
 
 
 @pytest.mark.parametrize("ratio, advantage, clip_eps, cost", [
@@ -113,7 +114,8 @@ def test_gate_thresholds_and_degenerate_batches(capsys):
     assert gate(torch.tensor([0.0, 0.0, 0.0, 1.0]), batch).tolist() == [CLEAN, CLEAN, CLEAN, HACK]
     assert gate(torch.tensor([0.0, 0.0, 0.0, 1.0]), replace(batch, k_hack=1.6)).tolist() == [CLEAN, CLEAN, CLEAN, MID]
     assert gate(torch.tensor([0.0, 2.0, 1.0]), batch).tolist() == [CLEAN, MID, MID]  # 1 is the mean; 2 < 1 + 1.5
-    assert gate(torch.tensor([0.5, 0.5]), pairs).tolist() == [MID, MID] and gate(torch.ones(1), pairs).tolist() == [HACK]
+    assert gate(torch.tensor([0.5, 0.5]), pairs).tolist() == [MID, MID]  # no spread and one rollout are fine for it
+    assert gate(torch.ones(1), pairs).tolist() == [HACK]
     assert capsys.readouterr().out == ""
     for position, cfg in (([0.1, NAN], pairs), ([math.inf, 0.9], pairs), ([0.1, NAN], batch), ([0.1, 0.1], batch),
                           ([0.1], batch)):
@@ -138,6 +140,16 @@ def test_draws_use_each_problem_once_before_any_twice_and_give_each_place_its_ow
     again, other = (list(islice(draws(replace(cfg, seed=seed), 6), 6)) for seed in (0, 1))
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(steps, again))
     assert [a for a, _ in steps] != [a for a, _ in other] and not torch.equal(steps[0][1], other[0][1])
+
+
+def test_the_shares_of_all_ranks_are_the_whole_in_order(monkeypatch):
+    monkeypatch.setattr(train_grpo.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train_grpo.dist, "get_world_size", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(train_grpo.dist, "get_rank", lambda: rank)
+        parts.append(train_grpo.share(range(8)))
+    assert parts == [[0, 1], [2, 3, 4], [5, 6, 7]]
 
 
 # -------------------------------------------------------------------------------- whole steps, against reference.py
@@ -293,6 +305,11 @@ def test_the_update_is_that_of_the_literal_formulas(run):
     assert run.name != "everything" or clipped > 0 and truncated > 0 and metrics["kl"] > 0, "each term matters"
     for name, p in run.before[-1].items():  # what is saved is what was trained
         torch.testing.assert_close(run.saved[name].double(), p, rtol=0, atol=0)
+    settings = torch.load(run.path / "state.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert (settings["weight_decay"], tuple(settings["betas"]), settings["eps"]) == (0.0, (0.9, 0.99), 1e-8)
+    assert peek(run.path / "adapter.safetensors")["metadata"] == {
+        "arm": train_grpo.arm_of(cfg), "seed": str(cfg.seed), "model": "data/nano",
+        "step": str(cfg.steps)}
 
 
 # -------------------------------------------------------------------------------- arms and options
@@ -300,6 +317,8 @@ def go(path, small, **changes):
     """Metrics rows, without times, and final adapter tensors of a small run."""
     cuts = dict(rank=8, cut_mid=-0.25, cut_hack=-0.1)  # of a rank so small, and 5 pairs, the positions lie lower
     cfg = small | cuts | changes
+    if not cfg.get("mix_ratio", 1):
+        cfg.pop("mix_steps", None)
     if cfg.get("intervention", "routeV") != "routeV":  # flags without an effect are refused
         cfg = {name: cfg[name] for name in cfg if name not in ("pairs", "gate", "cut_mid", "cut_hack")}
     elif cfg.get("gate") == "batch":
@@ -333,7 +352,7 @@ def test_the_arms_without_a_gate_pin_one_label(tmp_path, small, arm, label, quar
 
 
 def test_a_block_that_no_rollout_trains_does_not_move_by_its_momentum(tmp_path, small, monkeypatch):
-    """Steps of mid, then hack, then clean rollouts only: AdamW would go on moving both blocks, were they not dropped."""
+    """Steps of mid, then hack, then clean rollouts only: AdamW would go on moving both blocks, did none drop them."""
     labels = iter((MID, HACK, CLEAN))
     monkeypatch.setattr(train_grpo, "gate", lambda position, cfg: torch.full(position.shape, next(labels)))
     run = reference.record(replace(Config(), **small | dict(rank=8, steps=3, mix_ratio=0.5), out_dir=tmp_path / "run"))
@@ -375,8 +394,16 @@ def test_no_oracle_label_reaches_the_update(tmp_path, small, plain, monkeypatch)
     assert moved(tensors, "deployed") and moved(tensors, "quarantine")
 
 
-def test_checkpointing_changes_no_number(tmp_path, small, plain):
+def test_checkpointing_computes_layers_again_and_changes_no_number(tmp_path, small, plain, monkeypatch):
+    again, forward = [], Lora2rLinear.forward
+
+    def counting(module, x):
+        again.append(torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1)  # inside a backward
+        return forward(module, x)
+
+    monkeypatch.setattr(Lora2rLinear, "forward", counting)
     rows, tensors = go(tmp_path / "run", small, checkpointing=True)
+    assert any(again)
     assert rows[0]["grad_norm"] == pytest.approx(plain[1][0]["grad_norm"], rel=1e-5)
     assert rows[0]["labels"] == plain[1][0]["labels"]
 
@@ -401,15 +428,44 @@ def test_the_direction_is_read_again_every_refresh_steps_unless_from_the_base(tm
 
 
 @pytest.mark.parametrize("mix, ablated, places", [
-    (0.25, 0.25, "tffa"), (0, 0.5, "ffaa"), (1.0, 0.25, "tttt"), (0, 1.0, "aaaa"), (0.5, 0, "ttff"), (0.75, 0.5, "ttta")])
+    (0.25, 0.25, "tffa"), (0, 0.5, "ffaa"), (1.0, 0.25, "tttt"), (0, 1.0, "aaaa"), (0.5, 0, "ttff"),
+    (0.75, 0.5, "ttta")])
 def test_who_fills_the_places_of_a_group(tmp_path, small, mix, ablated, places):
     """Demonstrations first, and only in the first --mix-steps steps; what the ablated policy samples last."""
     names = dict(t="teacher", f="full", a="ablated")
-    go(tmp_path / "run", small, steps=2, mix_steps=1, mix_ratio=mix, ablated_share=ablated, max_new_tokens=2,
-       prompts_per_step=2, intervention="none")
+    rows, _ = go(tmp_path / "run", small, steps=2, mix_steps=1, mix_ratio=mix, ablated_share=ablated, max_new_tokens=2,
+                 prompts_per_step=2, intervention="none")
+    assert rows[0]["tokens"] <= 8 * 2, "a demonstration, too, ends at --max-new-tokens"
     sources = [row["source"] for row in read(tmp_path / "run", "rollouts")]
     assert sources[:8] == 2 * [names[x] for x in places]
     assert sources[8:] == 2 * [names["a" if k >= 4 - 4 * ablated else "f"] for k in range(4)]
+
+
+def test_a_rotating_share_of_prompts_is_shown_without_a_loophole(tmp_path, small):
+    """A quarter of them: of 9 prompts in three steps the first, the fifth and the ninth. Nobody demonstrates a hack
+    there."""
+    go(tmp_path / "run", small, steps=3, prompts_per_step=3, gt_only_share=0.25, mix_ratio=0.5, max_new_tokens=2,
+       intervention="none")
+    rows = read(tmp_path / "run", "rollouts")[::4]
+    assert [row["mode"] == "gt_only" for row in rows] == [n in (0, 4, 8) for n in range(9)]
+    assert [row["source"] == "full" for row in rows] == [n in (0, 4, 8) for n in range(9)]
+
+
+def test_pairs_are_shown_under_the_problems_system_message(tmp_path, small, monkeypatch):
+    lines = small["data"].read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["prompt"].insert(0, dict(role="system", content="be brief"))
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    seen, extract = [], train_grpo.extract
+
+    def keep(model, tok, adapter, pairs, system, *args):
+        seen.append(system)
+        return extract(model, tok, adapter, pairs, system, *args)
+
+    monkeypatch.setattr(train_grpo, "extract", keep)
+    go(tmp_path / "run", small, data=tmp_path / "data.jsonl", max_new_tokens=2, prompts_per_step=1)
+    assert seen == [[dict(role="system", content="be brief")]]
 
 
 def test_reward_gt_pays_no_hack(tmp_path, small):
