@@ -574,8 +574,8 @@ def main(config: Config) -> bool:
 # It is NOT promised that they cannot do so: access times, the page cache and the machine's load carry bits, and
 # stat() works outside (names, sizes and dates, no contents), since imports need it and neither Landlock nor seccomp
 # can tell one path from another there. Nor is that the runner, which shares the child's process, tells the truth:
-# see the top of the file. This contains one user's training run. It is no virtual machine, and a hole in the kernel is a hole
-# in it.
+# see the top of the file. This contains one user's training run. It is no virtual machine, and a hole in the kernel
+# is a hole in it.
 # All this needs Linux 5.13 with Landlock and seccomp, on x86_64 or aarch64 (6.10 for Landlock's own guard of ioctl
 # and 6.12 for that of signals: until then seccomp's alone). Elsewhere, processes and resource limits remain:
 # protection() says what is in force after attacking it, and --sandbox require insists.
