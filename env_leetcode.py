@@ -948,10 +948,11 @@ class _Sandbox:
         if not column:
             return
         number = {e[0]: int(e[column]) for e in (entry.split(":") for entry in _SYSCALLS.split()) if e[column] != "-"}
-        load, equal, any_of, mask = 0x20, 0x15, 0x45, 0x54
+        load, equal, greater, any_of, mask = 0x20, 0x15, 0x25, 0x45, 0x54
         allow, deny, nothing = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x00050001), (6, 0, 0, 0x00050000)
         steps = [(load, 0, 0, 4), (equal, 1, 0, arch), (6, 0, 0, 0x80000000), (load, 0, 0, 0)]
-        for name in number:
+        part: list[tuple] = []  # the cases of sixteen calls: one jump passes them all
+        for count, name in enumerate(sorted(number, key=number.get), 1):
             case = [allow]
             if name in _IDLE:
                 case = [nothing]
@@ -962,7 +963,10 @@ class _Sandbox:
             elif name in ("open", "openat"):
                 case = [(load, 0, 0, 24 if name == "open" else 32), (any_of, 2, 0, ~_OPEN & 0xFFFFFFFF),
                         (mask, 0, 0, os.O_TRUNC | 3), (equal, 0, 1, os.O_TRUNC), deny, allow]  # fmt: skip
-            steps += [(equal, 0, len(case), number[name]), *case]
+            part += [(equal, 0, len(case), number[name]), *case]
+            if count % 16 == 0 or count == len(number):
+                steps += [(greater, len(part) + 1, 0, number[name]), *part, deny]
+                part = []
         steps.append(deny)
         self.program = b"".join(struct.pack("=HBBI", *step) for step in steps)
         self.filter = struct.pack("@HP", len(steps), ctypes.cast(self.program, ctypes.c_void_p).value)
