@@ -573,8 +573,8 @@ def main(config: Config) -> bool:
 # It is NOT promised that they cannot do so: access times, the page cache and the machine's load carry bits, and
 # stat() works outside (names, sizes and dates, no contents), since imports need it and neither Landlock nor seccomp
 # can tell one path from another there. Nor is that the runner, which shares the child's process, tells the truth:
-# see the top of the file. This contains one user's training run. It is no virtual machine, and a hole in the kernel is a hole
-# in it.
+# see the top of the file. This contains one user's training run. It is no virtual machine, and a hole in the kernel
+# is a hole in it.
 # All this needs Linux 5.13 with Landlock and seccomp, on x86_64 or aarch64 (6.10 for Landlock's own guard of ioctl
 # and 6.12 for that of signals: until then seccomp's alone). Elsewhere, processes and resource limits remain:
 # protection() says what is in force after attacking it, and --sandbox require insists.
@@ -947,10 +947,11 @@ class _Sandbox:
         if not column:
             return
         number = {e[0]: int(e[column]) for e in (entry.split(":") for entry in _SYSCALLS.split()) if e[column] != "-"}
-        load, equal, any_of, mask = 0x20, 0x15, 0x45, 0x54
+        load, equal, greater, any_of, mask = 0x20, 0x15, 0x25, 0x45, 0x54
         allow, deny, nothing = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x00050001), (6, 0, 0, 0x00050000)
         steps = [(load, 0, 0, 4), (equal, 1, 0, arch), (6, 0, 0, 0x80000000), (load, 0, 0, 0)]
-        for name in number:
+        part: list[tuple] = []  # the cases of sixteen calls: one jump passes them all
+        for count, name in enumerate(sorted(number, key=number.get), 1):
             case = [allow]
             if name in _IDLE:
                 case = [nothing]
@@ -961,7 +962,10 @@ class _Sandbox:
             elif name in ("open", "openat"):
                 case = [(load, 0, 0, 24 if name == "open" else 32), (any_of, 2, 0, ~_OPEN & 0xFFFFFFFF),
                         (mask, 0, 0, os.O_TRUNC | 3), (equal, 0, 1, os.O_TRUNC), deny, allow]  # fmt: skip
-            steps += [(equal, 0, len(case), number[name]), *case]
+            part += [(equal, 0, len(case), number[name]), *case]
+            if count % 16 == 0 or count == len(number):
+                steps += [(greater, len(part) + 1, 0, number[name]), *part, deny]
+                part = []
         steps.append(deny)
         self.program = b"".join(struct.pack("=HBBI", *step) for step in steps)
         self.filter = struct.pack("@HP", len(steps), ctypes.cast(self.program, ctypes.c_void_p).value)

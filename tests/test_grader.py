@@ -945,13 +945,10 @@ def test_no_completion_holds_the_grader_beyond_its_limits(problem, case):
     assert time.monotonic() - start < 9, "the limits are 1 s of CPU and 3 s of waiting"
 
 
-def test_no_completion_waits_for_the_disk(problem, monkeypatch):
-    """fsync and the like return at once, having done nothing: 2,000 of them after as many writes take no second."""
-    code = ("f = os.open('x', os.O_RDWR | os.O_CREAT)\nt = time.monotonic()\nfor _ in range(2000):\n    "
-            "os.pwrite(f, b'x', 0)\n"
-            "    os.fsync(f)\n    os.fdatasync(f)\nt = time.monotonic() - t\nreturn 'quick' if t < 1 else t")
-    monkeypatch.setattr(env, "MIN_CPU", 3)
-    assert "'quick'" in env.grade(problem, fenced(solution(code, "import os, time"))).note
+def test_no_completion_waits_for_the_disk(problem):
+    """fsync and the like do nothing: not even find that there is no such descriptor."""
+    code = "os.fsync(60)\nos.fdatasync(60)\nreturn 'nothing done'"
+    assert "'nothing done'" in env.grade(problem, fenced(solution(code, "import os"))).note
 
 
 def test_a_linked_file_reports_nothing(tmp_path):
