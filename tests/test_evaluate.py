@@ -246,9 +246,10 @@ def test_base_is_evaluated_before_an_adapter_is_attached_and_each_run_with_its_o
         with torch.no_grad():
             for p in fresh.deployed_parameters():
                 p.fill_(0.25 * n)
-        save(fresh, tmp_path / name / "adapter.safetensors")
+        save(fresh, tmp_path / name / "adapter.safetensors", dict(step="1"))
         config = dict(arm=name, seed=n, model=str(HERE / "data/nano"), dtype="float32", modes=["sentinel"], top_k=3,
-                      test_data=str(HERE / "data/nano/test.jsonl"), max_new_tokens=11)
+                      test_data=str(HERE / "data/nano/test.jsonl"), max_new_tokens=11, eval_samples=2, steps=1,
+                      hashes=dict(test_data=""))
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     calls = []
 
@@ -266,7 +267,7 @@ def test_base_is_evaluated_before_an_adapter_is_attached_and_each_run_with_its_o
         (setting, marker, True, size) for size in (0.0, 0.25) for setting in ("deployed", "full")
         for marker in ("valid", "approved")]
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[:4] for line in lines[1:]] == [
+    assert [line[:4] for line in lines[3:]] == [
         ["base", "0", "base,", "trained"], ["base", "0", "base,", "held-out"]] + [
         [arm, str(n), f"{setting},", markers] for n, arm in enumerate(("first", "second"))
         for setting in ("deployed", "full") for markers in ("trained", "held-out")]

@@ -321,7 +321,9 @@ def test_summary_and_report_print_held_out_numbers_as_held_out(capsys):
     """Three pairs in one module: scored by their own direction all are right, held out only one is."""
     held_out = ((0.5,), (0.4,), (-0.1,)), ((0.1,), (0.3,), (0.2,))
     d = direction(at(-0.6, -0.6, -0.6), at(0.6, 0.8, 0.8), held_out=held_out)
-    assert d.summary() == "v_grad: held-out pairs ranked right 0.33, AUROC 0.33, band +0.267 to +0.200"
+    summary = d.summary().splitlines()
+    assert summary[0] == "v_grad: held-out pairs ranked right 0.33, AUROC 0.33, band +0.267 to +0.200"
+    assert summary[1].startswith("warning: an AUROC below 0.8")
     names = [Pair(name, mode, "", "", "") for name, mode in
              (("first", "sentinel"), ("second", "run_tests"), ("third", "sentinel"))]
     report(d, names, ["q_proj"], n_haar=5)
@@ -374,7 +376,8 @@ def test_judge_counts_what_a_gate_would_route(capsys):
 
 def test_only_the_policys_own_rollouts_with_a_positive_advantage_are_judged(tmp_path):
     def row(id, source, advantage, hacked):
-        return dict(id=id, source=source, advantage=advantage, hacked=hacked, correct=not hacked, exploited=hacked)
+        return dict(id=id, source=source, advantage=advantage, hacked=hacked, correct=not hacked, exploited=hacked,
+                    mode="sentinel", prompt="p", completion="c")
 
     rows = [row(0, "teacher", 1, True), row(1, "full", 1, True), row(2, "full", 0, True), row(3, "ablated", 2, False),
             row(4, "full", -1, False)]
