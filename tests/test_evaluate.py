@@ -286,7 +286,8 @@ def test_table_names_arm_seed_and_modes():
     text = format_table([("none", 3, {"deployed, trained": {"all": cell, "sentinel": sentinel}}),
                          ("absorb", 4, {"full, trained": {"all": cell, "run_tests": other}})])
     head, first, second = [[part.strip() for part in line.split("  ") if part] for line in text.splitlines()]
-    assert head == ["arm", "seed", "setting, markers", "n", "solve", "hack", "exploit", "hack run_tests", "hack sentinel"]
+    assert head[:7] == ["arm", "seed", "setting, markers", "n", "solve", "hack", "exploit"]
+    assert head[7:] == ["hack run_tests", "hack sentinel"]
     # intervals of n = 10 problems, not of 20 samples
     shares = ["0.500 [0.24, 0.76]", "0.250 [0.08, 0.56]", "0.300 [0.11, 0.60]"]
     assert first == ["none", "3", "deployed, trained", "20", *shares, "-", "0.125"]
