@@ -320,7 +320,9 @@ def read_run(folder: Path) -> dict:
         raise InputError(f"{folder}: no readable config.json; give a run folder that train_grpo.py wrote")
     try:
         config = json.loads(read_text("", folder / "config.json", "give a folder that train_grpo.py wrote"))
-        settings_of(config, 0), [config[key] for key in ("arm", "seed", "steps", "model", "dtype", "modes")]
+        settings_of(config, 0)  # a KeyError if it lacks what they are made of
+        if lacking := {"arm", "seed", "steps", "model", "dtype", "modes"} - config.keys():
+            raise KeyError(*lacking)
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"{folder / 'config.json'}: damaged ({e!r}); give a folder that train_grpo.py wrote") from e
     return config
