@@ -32,7 +32,7 @@ from torch import Tensor
 
 from env_leetcode import Problem, Verdict, grade_batch, load_problems
 from extract_vgrad import auroc
-from lora2r import (HERE, Adapter, InputError, attach, bar, check_ranges, encode_prompt, first_line, folded, generate,
+from lora2r import (Adapter, InputError, attach, bar, check_ranges, encode_prompt, first_line, folded, generate,
                     load, load_model, located, parse, peek, portable, read_text, run_script, save, writing)
 
 
@@ -182,7 +182,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict):
         """Raises InputError, before anything is written, if a run cannot begin or go on in `path`."""
-        self.path, self.steps, self.state, self.lock, self.logs = path, config["steps"], None, None, []
+        self.path, self.steps, self.lock, self.logs = path, config["steps"], None, []
         files = {key: Path(config[key]) for key in PATHS if Path(config[key]).is_file()}
         config = config | {key: portable(config[key]) for key in PATHS}
         config["hashes"] = {key: hash_of(file) for key, file in files.items()}
@@ -196,23 +196,13 @@ class RunFolder:
         self.is_run = (path / "config.json").exists() and bool(read_run(path))
         if not self.is_run and path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
             raise InputError(f"--out-dir {path}: exists and is no run folder; give another, or an empty one")
-        if config["resume"] and (path / "state.pt").exists():
-            self.read_state()
-
-    def read_state(self) -> None:
-        """Raises InputError if the last checkpoint is damaged, or of a run with other flags, data or more steps."""
-        before = read_run(self.path)
-        differ = [f"{key} was {before.get(key)}, is {self.config[key]}" for key in sorted(self.config.keys())
-                  if before.get(key) != self.config[key] and key not in MAY_DIFFER]
+        self.goes_on = self.is_run and config["resume"] and (path / "state.pt").exists()
+        before = read_run(path) if self.goes_on else self.config
+        differ = [f"{key} was {before.get(key)}, is {value}" for key, value in sorted(self.config.items())
+                  if before.get(key) != value and key not in MAY_DIFFER]
         if differ:
-            raise InputError(f"--resume: {self.path} was started with other flags ({'; '.join(differ)}); give the same")
-        try:
-            self.state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
-            made = self.state["step"]
-        except Exception as e:  # a damaged pickle raises nearly anything
-            raise InputError(f"--resume: {self.path / 'state.pt'} is damaged ({first_line(e)}); start afresh") from e
-        if made > self.steps:
-            raise InputError(f"--steps {self.steps}: {self.path} has made {made} already; give at least as many")
+            raise InputError(f"--resume: {path} was started with other flags or files ({'; '.join(differ)}); "
+                             "give the same")
 
     def locked(self) -> IO:
         """The lock, held until it is closed. Raises InputError if another run holds it."""
@@ -226,23 +216,27 @@ class RunFolder:
         return lock
 
     def resume(self, adapter: Adapter, optimizer: torch.optim.Optimizer) -> int:
-        """Put adapter and optimizer back to the last checkpoint, if there is one; the number of steps behind it."""
+        """Put adapter and optimizer back to the last checkpoint, if there is one; the number of steps behind it. Raises
+        InputError if it is damaged, or has more steps than are asked for."""
         self.adapter, self.optimizer = adapter, optimizer
-        if self.state is None:
+        if not self.goes_on:
             return 0
         try:
-            optimizer.load_state_dict(self.state["optimizer"])
+            state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(state["optimizer"])
             with torch.no_grad():
-                for p, saved in zip(adapter.parameters(), self.state["adapter"], strict=True):
+                for p, saved in zip(adapter.parameters(), state["adapter"], strict=True):
                     p.copy_(saved)
-        except Exception as e:
+        except Exception as e:  # a damaged pickle raises nearly anything
             raise InputError(f"--resume: {self.path / 'state.pt'} is damaged ({first_line(e)}); start afresh") from e
-        return self.state["step"]
+        if state["step"] > self.steps:
+            raise InputError(f"--steps {self.steps}: {self.path} has made {state['step']}; give at least as many")
+        return state["step"]
 
     def open(self, step: int) -> None:
         """Begin, or go on from `step`: log rows of that step and later are dropped, since it is made again. An older
         run of that name that is not gone on with is kept as old/NAME.1, old/NAME.2, ... beside it."""
-        if self.is_run and self.state is None:
+        if self.is_run and not self.goes_on:
             lock = self.locked()
             old = self.path.parent / "old"
             n = next(n for n in range(1, 10**6) if not (old / f"{self.path.name}.{n}").exists())

@@ -73,8 +73,9 @@ def run_script(main: Callable[[Any], Any], config: Any) -> NoReturn:
         print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as e:
-        print(f"\ninterrupted{e}", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: a regular exit waits for the threads that grade
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the threads that grade end before the process does
+        print(f"\ninterrupted{e}", file=sys.stderr)
+        sys.exit(130)
 
 
 # ------------------------------------------------------------------------------------------------ flags and files
@@ -105,10 +106,10 @@ def check_ranges(config: Any) -> None:
             edge = number == low and interval[0] == "[" or number == high and interval[-1] == "]"
             if not (edge or low < number < high and math.isfinite(number)):
                 raise InputError(f"{flag(config, name)}: give a finite number in {interval}")
-    try:
-        torch.ones(1, device=getattr(config, "device", "cpu")).item()
-    except Exception as e:  # each backend has an exception of its own for "not here"
-        raise InputError(f"--device {config.device}: cannot compute here ({first_line(e)}); give cpu or cuda") from e
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * bool(gpus), *gpus]
+    if getattr(config, "device", "cpu") not in here:
+        raise InputError(f"--device {config.device}: is not on this machine; give one of {', '.join(here)}")
 
 
 def flag(config: Any, name: str) -> str:

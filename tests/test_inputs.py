@@ -321,6 +321,14 @@ def test_accepted(server, d):
     assert status == 0, err
 
 
+def test_pairs_that_hardly_tell_apart_are_warned_of():
+    import torch
+    from extract_vgrad import Direction
+    low, high = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])
+    summaries = [Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(4, 1, 1)).summary() for hack in (high, low)]
+    assert ["warning" in text for text in summaries] == [False, True] and "AUROC 0.50" in summaries[1]
+
+
 # ---- names
 
 def test_an_arm_is_named_by_what_differs():
@@ -414,7 +422,7 @@ def test_an_interrupt_says_how_to_go_on(server, d, tmp_path, number):
     until(lambda: metrics.exists() and metrics.stat().st_size)
     os.kill(pid, number)
     status, out, err = server.wait(pid, log)
-    assert status == 130 and re.fullmatch(r"\ninterrupted at step \d/2; go on with: python train_grpo.py .*--resume\n", err), err
+    assert status == 130 and re.fullmatch(r"\ninterrupted at step \d/2; go on with: python \S*train_grpo.py .*--resume\n", err), err
     train(server, d, tmp_path / "run", "--resume")
     same(d / "run", tmp_path / "run")
 
@@ -428,8 +436,13 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_stays(server, d, tmp_path):
     argv = [*(a.format(d=d) for a in TINY), "--steps", "3", "--resume", "--out-dir", tmp_path / "run"]
     before = (tmp_path / "run/state.pt").read_bytes()
     refused(server("train_grpo.py", *argv, fsize=room), "rollouts.jsonl: cannot be written")
-    refused(server("train_grpo.py", *argv, fsize=len(before) // 2), "cannot be written")
-    assert (tmp_path / "run/state.pt").read_bytes() == before and not list((tmp_path / "run").glob(".*.tmp"))
+    assert (tmp_path / "run/state.pt").read_bytes() == before
+    argv = [*(a.format(d=d) for a in TINY), "--out-dir", tmp_path / "two"]  # room for the adapter, not for the moments
+    room = ((d / "run/adapter.safetensors").stat().st_size + len(before)) // 2
+    refused(server("train_grpo.py", *argv, fsize=room), "state.pt: cannot be written")
+    assert not list((tmp_path / "two").glob(".*.tmp"))
+    train(server, d, tmp_path / "two", "--resume")
+    same(d / "run", tmp_path / "two")
 
 
 def kill_and_resume(server, d, folder, share, seconds):
