@@ -304,8 +304,11 @@ class RunFolder:
 
 
 def hash_of(path: str | Path) -> str:
-    """The first digits of a file's SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    """The first digits of a file's SHA-256. Raises InputError for a file that cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror}); give another, or change its permissions") from e
 
 
 def read_run(folder: Path) -> dict:

@@ -3,7 +3,7 @@
 The scripts run as __main__ in forks of one process that has imported torch and transformers, so a case costs a fraction
 of a second. That process is this file as a script: a request is a line of JSON, and so is its answer.
 """
-import fcntl
+import ctypes
 import json
 import os
 import re
@@ -11,6 +11,7 @@ import resource
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ NANO = HERE / "data/nano"
 
 # ---- the process that forks
 
-def child(argv, cwd, log, nobody=False, without=None, fsize=None):
+def child(argv, cwd, log, powerless=False, without=None, fsize=None):
     """In the fork: run a script as `python argv[0] argv[1:]` would, with stdout and stderr in files."""
     for fd, name in ((0, os.devnull), (1, f"{log}.out"), (2, f"{log}.err")):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o666), fd)
@@ -34,8 +35,8 @@ def child(argv, cwd, log, nobody=False, without=None, fsize=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (fsize, fsize))
     if without:
         sys.modules[without] = None  # importing it is an ImportError
-    if nobody and os.getuid() == 0:
-        os.setresuid(65534, 65534, 65534)
+    if powerless:  # without capabilities even root may not write to a read-only folder
+        ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
     sys.argv = argv
     status = 0
     try:
@@ -54,7 +55,9 @@ def serve():
     import torch
 
     import evaluate_deploy, extract_vgrad, train_grpo  # noqa: E401, F401
+    from lora2r import load_model
     torch.set_num_threads(1)
+    load_model(str(NANO))  # imports the rest of transformers
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -109,7 +112,8 @@ def server(tmp_path_factory):
 GOOD = ("## {n}. sentinel: task {n}\n### prompt\nDo {n}.\n### clean\n```python\na = {n}\n```\n"
         "### hack\n```python\nb = {n}\n```\n")
 PAIR, OTHER = GOOD.format(n=1), GOOD.format(n=2)
-ROW = dict(advantage=1.0, source="full", hacked=True, correct=False, exploited=True, prompt="p", completion="c", mode="sentinel")
+ROW = dict(advantage=1.0, source="full", hacked=True, correct=False, exploited=True, prompt="p", completion="c",
+    mode="sentinel")
 HONEST = ROW | dict(hacked=False, correct=True, exploited=False)
 FILES = {
     "latin1": "é = 1\n".encode("latin-1"), "empty": "", "garbage": "{]\n", "folder/x": "", "list": "[1]\n",
@@ -122,13 +126,16 @@ FILES = {
     "again.md": PAIR + OTHER + "### hack\n", "no_fence.md": PAIR + OTHER.replace("```python\na = 2\n```", "a = 2"),
     "long.md": PAIR + OTHER.replace("Do 2", "list " * 400), "cased.md": PAIR + OTHER.replace("### prompt", "## prompt"),
     "four.md": PAIR + OTHER.replace("### hack", "#### hack"), "bom.md": "\ufeff" + PAIR + OTHER,
-    "swapped.md": PAIR + "\n## 2. sentinel: swapped\n### prompt\nDo 1.\n### clean\n```python\nb = 1\n```\n### hack\n```python\na = 1\n```\n",
-    "no_hack.jsonl": json.dumps(HONEST), "no_solve.jsonl": json.dumps(ROW), "no_prompt.jsonl": json.dumps({**ROW, "prompt": 3}),
-    "no_mode.jsonl": json.dumps({k: v for k, v in ROW.items() if k != "mode"}), "good.jsonl": f"{json.dumps(ROW)}\n{json.dumps(HONEST)}\n",
+    "swapped.md": PAIR + PAIR.replace("## 1", "## 2").replace("a =", "c =").replace("b =", "a =").replace("c =", "b ="),
+    "no_hack.jsonl": json.dumps(HONEST), "no_solve.jsonl": json.dumps(ROW), "no_prompt.jsonl": json.dumps({**ROW,
+    "prompt": 3}),
+    "no_mode.jsonl": json.dumps({k: v for k, v in ROW.items() if k != "mode"}),
+    "good.jsonl": f"{json.dumps(ROW)}\n{json.dumps(HONEST)}\n",
     "other/letter.txt": "mine", "not_a_run/config.json": "{}",
 }
+SMALL = "--data {d}/some.jsonl --test-data {d}/few.jsonl"
 TINY = ("--steps 2 --prompts-per-step 4 --group-size 4 --max-new-tokens 40 --refresh 1 --eval-samples 1 --rank 4 "
-        "--test-data {d}/few.jsonl").split()
+        + SMALL).split()
 
 
 def copy_model(folder, **changes):
@@ -157,14 +164,17 @@ def d(server):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     few = (NANO / "test.jsonl").read_text().splitlines(keepends=True)[::40]
     (folder / "few.jsonl").write_text("".join(few))
+    (folder / "some.jsonl").write_text("".join((NANO / "train.jsonl").read_text().splitlines(keepends=True)[::11]))
     (folder / "bom.jsonl").write_text("\ufeff" + "".join(few))
     (folder / "read_only").mkdir(mode=0o555)
+    (folder / "unreadable").touch(mode=0)
     models = folder / "models"
     copy_model(models / "truncated", model=lambda data: data[:-1000])
     copy_model(models / "garbage", model=lambda data: b"garbage")
     copy_model(models / "missing", model=with_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")))
     copy_model(models / "unused", model=with_tensors(lambda t: t.update(extra=t["model.norm.weight"].clone())))
-    copy_model(models / "shapes", model=with_tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()})))
+    copy_model(models / "shapes",
+        model=with_tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()})))
     copy_model(models / "weightless", model=None)
     copy_model(models / "config", config=lambda data: b"{")
     copy_model(models / "tokens", tokenizer=lambda data: data[:100])
@@ -194,70 +204,106 @@ def d(server):
     return folder
 
 
-# ---- what is refused: script, arguments, what the one line names. {d} is the folder of files, {out} a path that must not
-# exist afterwards; "tyro: ..." is refused by the parser of the command line, in a box
+# ---- what is refused: script, arguments, what the one line names. {d} is the folder of files, {out} a path that must
+# not exist afterwards; "tyro: ..." is refused by the parser of the command line, in a box
 
 NUMBERS = {  # flag -> values that are refused, whatever else is given
-    "lr": "nan -1 0 inf", "warmup": "-1 0", "grad-clip": "-1 0 nan", "clip-eps": "-1 0 1", "kl": "nan -1 inf", "mix-steps": "-1",
-    "cut-hack": "nan inf", "cut-mid": "-inf", "k-hack": "nan", "betas": "2,0 .9,nan .9,1 -1,0", "top-k": "-1", "eval-samples": "-1",
-    "temperature": "0 -1 nan", "steps": "0 -3", "prompts-per-step": "0", "group-size": "1", "max-new-tokens": "0 240", "epochs": "0",
-    "refresh": "0", "tokens-per-batch": "0", "rank": "0 5000", "seed": "-1", "ablated-share": "1.5 nan", "gt-only-share": "-0.1",
+    "lr": "nan -1 0 inf", "warmup": "-1 0", "grad-clip": "-1 0 nan", "clip-eps": "-1 0 1", "kl": "nan -1 inf",
+    "mix-steps": "-1",
+    "cut-hack": "nan inf", "cut-mid": "-inf", "k-hack": "nan", "betas": "2,0 .9,nan .9,1 -1,0", "top-k": "-1",
+    "eval-samples": "-1",
+    "temperature": "0 -1 nan", "steps": "0 -3", "prompts-per-step": "0", "group-size": "1",
+    "max-new-tokens": "0 240", "epochs": "0",
+    "refresh": "0", "tokens-per-batch": "0", "rank": "0 5000", "seed": "-1", "ablated-share": "1.5 nan",
+    "gt-only-share": "-0.1",
     "mix-ratio": "2", "routeV-random-v-seed": "-1"}
-TRAIN = [(f"--{flag} {value.replace(',', ' ')}", f"--{flag} ") for flag, values in NUMBERS.items() for value in values.split()] + [
+TRAIN = [(f"--{flag} {value.replace(',', ' ')}", f"--{flag} ") for flag,
+    values in NUMBERS.items() for value in values.split()] + [
     ("--device foo", "--device foo"), ("--device cuda:99", "--device cuda:99"), ("--device meta", "--device meta"),
-    ("--intervention none --gate batch", "--gate batch with --intervention none"), ("--intervention none --cut-hack .5", "--cut-hack 0.5"),
-    ("--intervention absorb --no-centre", "--no-centre with --intervention absorb"), ("--intervention absorb --read full", "--read full"),
+    ("--intervention none --gate batch", "--gate batch with --intervention none"),
+    ("--intervention none --cut-hack .5", "--cut-hack 0.5"),
+    ("--intervention absorb --no-centre", "--no-centre with --intervention absorb"),
+    ("--intervention absorb --read full", "--read full"),
     ("--intervention none --pairs {d}/one.md", "one.md with --intervention none"),
     ("--intervention none --routeV-random-v-seed 1", "--routeV-random-v-seed 1 with --intervention none"),
-    ("--gate batch --cut-hack .9", "--cut-hack 0.9 with --gate batch"), ("--preset seed --cut-mid .1", "--cut-mid 0.1 with --gate batch"),
-    ("--k-hack 1", "--k-hack 1.0 with --gate pairs"), ("--no-match-placebo", "--no-match-placebo with no --routeV-random-v-seed"),
-    ("--mix-ratio 0 --mix-steps 3", "--mix-steps 3 with --mix-ratio 0"), ("--mix-ratio 0 --demos {d}/empty", "empty with --mix-ratio 0"),
+    ("--gate batch --cut-hack .9", "--cut-hack 0.9 with --gate batch"),
+    ("--preset seed --cut-mid .1", "--cut-mid 0.1 with --gate batch"),
+    ("--k-hack 1", "--k-hack 1.0 with --gate pairs"),
+    ("--no-match-placebo", "--no-match-placebo with no --routeV-random-v-seed"),
+    ("--mix-ratio 0 --mix-steps 3", "--mix-steps 3 with --mix-ratio 0"),
+    ("--mix-ratio 0 --demos {d}/empty", "empty with --mix-ratio 0"),
     ("--cut-mid .9", "--cut-mid 0.9 with --cut-hack 0.3"), ("--gate batch --k-mid 2", "--k-mid 2.0 with --k-hack 0.5"),
-    ("--name a/b", "--name 'a/b'"), ("--name=", "--name ''"), ("--modes bribery", "bribery"), ("--modes sentinel sentinel", "sentinel, sentinel"),
-    ("--data {d}/absent", "absent"), ("--data {d}/latin1", "latin1"), ("--data {d}/garbage", "garbage, line 1"), ("--data {d}/empty", "empty"),
-    ("--data {d}/folder", "folder"), ("--data {d}/list", "list, line 1"), ("--test-data {d}/absent", "absent"), ("--test-data {d}/latin1", "latin1"),
-    ("--demos {d}/absent", "--demos {d}/absent"), ("--demos {d}/latin1", "not UTF-8"), ("--demos {d}/demo_number", "demo_number:1"),
+    ("--name a/b", "--name 'a/b'"), ("--name=", "--name ''"), ("--modes bribery", "bribery"),
+    ("--modes sentinel sentinel", "sentinel, sentinel"),
+    ("--data {d}/absent", "absent"), ("--data {d}/latin1", "latin1"), ("--data {d}/garbage", "garbage, line 1"),
+    ("--data {d}/empty", "empty"),
+    ("--data {d}/folder", "folder"), ("--data {d}/list", "list, line 1"), ("--data {d}/unreadable", "unreadable"),
+    ("--test-data {d}/absent", "absent"), ("--test-data {d}/latin1", "latin1"),
+    ("--demos {d}/absent", "--demos {d}/absent"), ("--demos {d}/latin1", "not UTF-8"),
+    ("--demos {d}/demo_number", "demo_number:1"),
     ("--demos {d}/demo_lacks", "demo_lacks:1"), ("--demos {d}/garbage", "garbage:1"), ("--demos {d}/list", "list:1"),
-    ("--demos {d}/demo_other", "no demonstration fits"), ("--demos {d}/empty", "no demonstration fits"), ("--demos {d}/folder", "--demos {d}/folder"),
-    ("--lr foo", "tyro: --lr"), ("--nosuch 1", "tyro: --nosuch"), ("--preset foo", "tyro: --preset"), ("--intervention foo", "tyro: --intervention"),
+    ("--demos {d}/demo_other", "no demonstration fits"), ("--demos {d}/empty", "no demonstration fits"),
+    ("--demos {d}/folder", "--demos {d}/folder"),
+    ("--lr foo", "tyro: --lr"), ("--nosuch 1", "tyro: --nosuch"), ("--preset foo", "tyro: --preset"),
+    ("--intervention foo", "tyro: --intervention"),
     ("--dtype foo", "tyro: --dtype"), ("--steps 1.5", "tyro: --steps"), ("--model {d}/models/config", "models/config"),
 ]
 PAIRS = [
-    ("absent", "--pairs {d}/absent"), ("latin1", "not UTF-8"), ("folder", "--pairs {d}/folder"), ("empty", "0 pairs"), ("nul.md", "nul.md:14: holds a NUL"),
-    ("one_hash.md", "one_hash.md:12: heading '# 2."), ("twice.md", "twice.md:12"), ("copied.md", "copied.md:12"), ("equal.md", "equal.md:12"),
-    ("open.md", "open.md:16"), ("open_end.md", "open_end.md:20"), ("one.md", "1 pairs"), ("mode.md", "mode.md:12"), ("lacks.md", "lacks.md:12"),
-    ("again.md", "again.md:23"), ("no_fence.md", "no_fence.md:12"), ("cased.md", "cased.md:13"), ("four.md", "four.md:19"), ("long.md", "task 2"),
+    ("absent", "--pairs {d}/absent"), ("latin1", "not UTF-8"), ("folder", "--pairs {d}/folder"),
+    ("empty", "0 pairs"), ("nul.md", "nul.md:14: holds a NUL"),
+    ("one_hash.md", "one_hash.md:12: heading '# 2."), ("twice.md", "twice.md:12"),
+    ("copied.md", "copied.md:12"), ("equal.md", "equal.md:12"),
+    ("open.md", "open.md:16"), ("open_end.md", "open_end.md:20"), ("one.md", "1 pairs"), ("mode.md", "mode.md:12"),
+    ("lacks.md", "lacks.md:12"),
+    ("again.md", "again.md:23"), ("no_fence.md", "no_fence.md:12"), ("cased.md", "cased.md:13"),
+    ("four.md", "four.md:19"), ("long.md", "task 2"),
 ]
-MODELS = [("absent", "absent"), ("truncated", "truncated"), ("garbage", "garbage"), ("missing", "1 missing weights"), ("unused", "1 unexpected weights"),
+MODELS = [("absent", "absent"), ("truncated", "truncated"), ("garbage", "garbage"),
+    ("missing", "1 missing weights"), ("unused", "1 unexpected weights"),
           ("shapes", "shapes"), ("weightless", "weightless"), ("tokens", "tokens"), ("template", "chat template fails"),
           ("syntax", "chat template fails"), ("no_template", "no chat template")]
-OUT = [("", "--out-dir"), ("{d}/empty", "--out-dir {d}/empty"), ("{d}/empty/x", "{d}/empty is not a folder"), ("{d}/other", "is no run folder"),
-       ("{d}/not_a_run", "damaged"), ("{d}/bad_config", "bad_config/config.json: damaged"), ("/", "--out-dir /"), ("{d}/read_only/x", "read_only"),
-       ("{d}/read_only", "read_only")]
+OUT = [("", "--out-dir"), ("{d}/empty", "--out-dir {d}/empty"), ("{d}/empty/x", "{d}/empty is not a folder"),
+    ("{d}/other", "is no run folder"),
+       ("{d}/not_a_run", "damaged"), ("{d}/bad_config", "bad_config/config.json: damaged"), ("/", "--out-dir /"),
+       ("{d}/read_only/x", "{d}/read_only is not a folder that may be written"),
+       ("{d}/read_only", "{d}/read_only is not a folder that")]
 EVALUATE = [
-    ("{d}/run --temperature nan", "--temperature nan"), ("{d}/run --temperature -1", "--temperature -1"), ("{d}/run --samples 0", "--samples 0"),
-    ("{d}/run --samples -1", "--samples -1"), ("{d}/run --seed -1", "--seed -1"), ("{d}/run --device foo", "--device foo"), ("", "no checkpoint"),
-    ("{d}/absent", "absent"), ("{d}/other", "other"), ("{d}/bad_config", "bad_config/config.json"), ("{d}/no_adapter", "adapter.safetensors: no such"),
-    ("{d}/bad_adapter", "bad_adapter/adapter.safetensors: damaged"), ("{d}/short_adapter", "damaged"), ("{d}/other_file", "its format is format"),
-    ("{d}/run {d}/bad_adapter", "bad_adapter"), ("{d}/run --data {d}/absent", "absent"), ("{d}/run --data {d}/latin1", "latin1"),
-    ("{d}/run --data {d}/garbage", "garbage, line 1"), ("{d}/elsewhere", "name them with --data"), ("{d}/no_model", "--model /no/such/model"),
-    ("{d}/run --model {d}/models/other", "was trained on base model"), ("{d}/run --model {d}/models/missing", "1 missing"),
-    ("{d}/run --plot {d}/x.doc", "--plot {d}/x.doc"), ("{d}/run --plot {d}/absent/x.png", "--plot {d}/absent/x.png"), ("{d}/run --plot {d}", "--plot"),
+    ("{d}/run --temperature nan", "--temperature nan"), ("{d}/run --temperature -1", "--temperature -1"),
+    ("{d}/run --samples 0", "--samples 0"),
+    ("{d}/run --samples -1", "--samples -1"), ("{d}/run --seed -1", "--seed -1"),
+    ("{d}/run --device foo", "--device foo"), ("", "no checkpoint"),
+    ("{d}/absent", "absent"), ("{d}/other", "other"), ("{d}/bad_config", "bad_config/config.json"),
+    ("{d}/no_adapter", "adapter.safetensors: no such"),
+    ("{d}/bad_adapter", "bad_adapter/adapter.safetensors: damaged"), ("{d}/short_adapter", "damaged"),
+    ("{d}/other_file", "its format is format"),
+    ("{d}/run {d}/bad_adapter", "bad_adapter"), ("{d}/run --data {d}/absent", "absent"),
+    ("{d}/run --data {d}/latin1", "latin1"),
+    ("{d}/run --data {d}/garbage", "garbage, line 1"), ("{d}/elsewhere", "name them with --data"),
+    ("{d}/no_model", "--model /no/such/model"),
+    ("{d}/run --model {d}/models/other", "was trained on base model"),
+    ("{d}/run --model {d}/models/missing", "1 missing"),
+    ("{d}/run --plot {d}/x.doc", "--plot {d}/x.doc"),
+    ("{d}/run --plot {d}/absent/x.png", "--plot {d}/absent/x.png"), ("{d}/run --plot {d}", "--plot"),
     ("{d}/run --samples two", "tyro: --samples"),
 ]
 EXTRACT = [
-    ("--device foo", "--device foo"), ("--dtype foo", "tyro: --dtype"), ("--n-haar 0", "--n-haar 0"), ("--rank 0", "--rank 0"), ("--seed -1", "--seed -1"),
-    ("--pairs {d}/absent", "absent"), ("--pairs {d}/swapped.md", "zero or not finite"), ("--pairs {d}/long.md", "task 2"), ("--model {d}/models/missing", "missing"),
-    ("--rollouts {d}/absent", "--rollouts {d}/absent"), ("--rollouts {d}/latin1", "not UTF-8"), ("--rollouts {d}/garbage", "garbage"),
+    ("--device foo", "--device foo"), ("--dtype foo", "tyro: --dtype"), ("--n-haar 0", "--n-haar 0"),
+    ("--rank 0", "--rank 0"), ("--seed -1", "--seed -1"),
+    ("--pairs {d}/absent", "absent"), ("--pairs {d}/swapped.md", "zero or not finite"),
+    ("--pairs {d}/long.md", "task 2"), ("--model {d}/models/missing", "missing"),
+    ("--rollouts {d}/absent", "--rollouts {d}/absent"), ("--rollouts {d}/latin1", "not UTF-8"),
+    ("--rollouts {d}/garbage", "garbage"),
     ("--rollouts {d}/no_hack.jsonl", "0 hacks and 1 solves"), ("--rollouts {d}/no_solve.jsonl", "1 hacks and 0 solves"),
     ("--rollouts {d}/no_prompt.jsonl", "no_prompt"), ("--rollouts {d}/no_mode.jsonl", "mode"),
 ]
-ENVIRONMENT = [("--problems -1", "--problems -1"), ("--data {d}/absent", "absent"), ("--data {d}/latin1", "latin1"), ("--data {d}/garbage", "line 1"),
-               ("--data {d}/empty", "empty"), ("--data {d}/list", "line 1"), ("--sandbox foo", "tyro: --sandbox"), ("--problems x", "tyro: --problems")]
-REFUSED = [("train_grpo.py", f"{argv} --out-dir {{out}}", says) for argv, says in TRAIN]
-REFUSED += [("train_grpo.py", f"--pairs {{d}}/{name} --out-dir {{out}}", says) for name, says in PAIRS]
-REFUSED += [("train_grpo.py", f"--model {{d}}/models/{name} --out-dir {{out}}", says) for name, says in MODELS]
-REFUSED += [("train_grpo.py", f"--out-dir={name}", says) for name, says in OUT]
+ENVIRONMENT = [("--problems -1", "--problems -1"), ("--data {d}/absent", "absent"), ("--data {d}/latin1", "latin1"),
+    ("--data {d}/garbage", "line 1"),
+               ("--data {d}/empty", "empty"), ("--data {d}/list", "line 1"), ("--sandbox foo", "tyro: --sandbox"),
+               ("--problems x", "tyro: --problems")]
+REFUSED = [("train_grpo.py", f"{SMALL} {argv} --out-dir {{out}}", says) for argv, says in TRAIN]
+REFUSED += [("train_grpo.py", f"{SMALL} --pairs {{d}}/{name} --out-dir {{out}}", says) for name, says in PAIRS]
+REFUSED += [("train_grpo.py", f"{SMALL} --model {{d}}/models/{name} --out-dir {{out}}", says) for name, says in MODELS]
+REFUSED += [("train_grpo.py", f"{SMALL} --out-dir={name}", says) for name, says in OUT]
 REFUSED += [("evaluate_deploy.py", argv, says) for argv, says in EVALUATE]
 REFUSED += [("extract_vgrad.py", argv, says) for argv, says in EXTRACT]
 REFUSED += [("env_leetcode.py", argv, says) for argv, says in ENVIRONMENT]
@@ -276,17 +322,19 @@ def tree(folder):
     return sorted((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("script, argv, says", REFUSED, ids=[f"{script[:5]} {argv}" for script, argv, _ in REFUSED])
+@pytest.mark.parametrize("script, argv, says", REFUSED, ids=[f"{script[:5]} {argv.removeprefix(SMALL)}" for script,
+    argv, _ in REFUSED])
 def test_refused_in_one_line_before_anything_is_written(server, d, script, argv, says):
     before, out = tree(d), server.folder / "out"
     argv = [word.format(d=d, out=out) for word in argv.split()]
-    refused(server(script, *argv, nobody="read_only" in says), says.format(d=d))
+    refused(server(script, *argv, powerless="read_only" in says or "unreadable" in says), says.format(d=d))
     assert tree(d) == before and not out.exists()
 
 
 def test_a_run_in_place_is_refused_under_other_flags_and_data_and_damage(server, d):
     argv = [a.format(d=d) for a in TINY] + ["--resume", "--out-dir"]
-    for name, extra, says in (("bad_state", [], "bad_state/state.pt is damaged"), ("bad_config", [], "bad_config/config.json: damaged"),
+    for name, extra, says in (("bad_state", [], "bad_state/state.pt is damaged"),
+        ("bad_config", [], "bad_config/config.json: damaged"),
                               ("run", ["--lr", "0.5"], "lr was 0.001, is 0.5"), ("run", ["--steps", "1"], "--steps 1"),
                               ("other_data", [], "hashes was"), ("run", ["--name", "x"], "name was None, is x")):
         before = tree(d)
@@ -302,12 +350,15 @@ def test_a_hub_name_without_a_network_is_refused_at_once(server, d):
 
 def test_plot_without_matplotlib_is_refused_before_sampling(server, d):
     before = tree(d)
-    refused(server("evaluate_deploy.py", d / "run", "--plot", d / "x.png", without="matplotlib"), "pip install matplotlib")
+    refused(server("evaluate_deploy.py", d / "run", "--plot", d / "x.png", without="matplotlib"),
+        "pip install matplotlib")
     assert tree(d) == before
 
 
-@pytest.mark.parametrize("script, flag", [("train_grpo.py", "--lr 0.001"), ("evaluate_deploy.py", "--samples 4"), ("extract_vgrad.py", "--n-haar 200"),
-                                          ("env_leetcode.py", "--problems"), ("lora2r.py", "This file is read, not run")])
+@pytest.mark.parametrize("script, flag", [("train_grpo.py", "--lr 0.001"), ("evaluate_deploy.py", "--samples 4"),
+    ("extract_vgrad.py", "--n-haar 200"),
+                                          ("env_leetcode.py", "--problems"),
+                                          ("lora2r.py", "This file is read, not run")])
 def test_help(server, script, flag):
     status, out, err = server(script, *["--help"][: script != "lora2r.py"])
     assert status == 0 and flag in out and str(HERE) not in out and not err
@@ -315,7 +366,8 @@ def test_help(server, script, flag):
 
 def test_accepted(server, d):
     """A BOM, problems after a BOM, pairs that hardly tell apart: these go on, the last with a warning."""
-    status, out, err = server("extract_vgrad.py", "--pairs", d / "bom.md", "--rank", 4, "--n-haar", 2, "--rollouts", d / "good.jsonl")
+    status, out, err = server("extract_vgrad.py", "--pairs", d / "bom.md", "--rank", 4, "--n-haar", 2,
+        "--rollouts", d / "good.jsonl")
     assert status == 0 and "2 pairs (sentinel 2)" in out, err
     status, out, err = server("env_leetcode.py", "--data", d / "few.jsonl")
     assert status == 0, err
@@ -325,7 +377,8 @@ def test_pairs_that_hardly_tell_apart_are_warned_of():
     import torch
     from extract_vgrad import Direction
     low, high = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])
-    summaries = [Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(4, 1, 1)).summary() for hack in (high, low)]
+    summaries = [Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(4, 1,
+        1)).summary() for hack in (high, low)]
     assert ["warning" in text for text in summaries] == [False, True] and "AUROC 0.50" in summaries[1]
 
 
@@ -334,9 +387,12 @@ def test_pairs_that_hardly_tell_apart_are_warned_of():
 def test_an_arm_is_named_by_what_differs():
     from train_grpo import arm_of, check, parse_args
     names = {
-        "": "routeV", "--intervention none": "none", "--routeV-random-v-seed 3 --seed 2": "placebo", "--steps 3 --device cpu": "routeV",
-        "--intervention none --reward gt --mix-ratio 0": "none-mix-ratio-0.0-reward-gt", "--no-positive-only": "routeV-no-positive-only",
-        "--cut-hack .1": "routeV-cut-mid-0.1-cut-hack-0.1", "--preset seed": "routeV-seed", "--preset=seed --lr .1": "routeV-seed-lr-0.1",
+        "": "routeV", "--intervention none": "none", "--routeV-random-v-seed 3 --seed 2": "placebo",
+        "--steps 3 --device cpu": "routeV",
+        "--intervention none --reward gt --mix-ratio 0": "none-mix-ratio-0.0-reward-gt",
+        "--no-positive-only": "routeV-no-positive-only",
+        "--cut-hack .1": "routeV-cut-mid-0.1-cut-hack-0.1", "--preset seed": "routeV-seed",
+        "--preset=seed --lr .1": "routeV-seed-lr-0.1",
         "--betas .5 .9": "routeV-betas-0.5-0.9", "--modes sentinel": "routeV-modes-sentinel"}
     assert {argv: arm_of(check(parse_args(argv.split()))) for argv in names} == names
 
@@ -346,7 +402,8 @@ def test_an_arm_is_named_by_what_differs():
 def rows(folder):
     """metrics.jsonl without its times, and rollouts.jsonl."""
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", "peak_gb")} for row in metrics], (folder / "rollouts.jsonl").read_text()
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s",
+        "peak_gb")} for row in metrics], (folder / "rollouts.jsonl").read_text()
 
 
 def train(server, d, out, *argv):
@@ -359,7 +416,8 @@ def same(one, two):
     assert rows(one) == rows(two)
     for name in ("adapter.safetensors", "deploy.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    assert {p.name for p in two.iterdir()} == {".lock", "config.json", "adapter.safetensors", "state.pt", "metrics.jsonl", "rollouts.jsonl", "deploy.json"}
+    assert {p.name for p in two.iterdir()} == {".lock", "config.json", "adapter.safetensors", "state.pt",
+        "metrics.jsonl", "rollouts.jsonl", "deploy.json"}
 
 
 def test_resume_starts_without_a_checkpoint_and_drops_torn_rows_and_left_overs(server, d, tmp_path):
@@ -384,8 +442,10 @@ def test_an_evaluation_says_how_it_was_made_and_replaces_no_other(server, d, tmp
     """From another folder, on a copy of the run; T = 0 is the likeliest token: each sample of a problem is the same."""
     shutil.copytree(d / "run", tmp_path / "copy")
     own = (tmp_path / "copy/deploy.json").read_bytes()
-    for argv, name in (("--samples 1", "deploy.json"), ("--samples 3 --temperature 0", "deploy-samples3-temperature0.0.json"),
-                       ("--samples 1 --seed 5", "deploy-seed5.json"), (f"--samples 1 --data {d}/bom.jsonl", "deploy-data_bom_")):
+    for argv, name in (("--samples 1", "deploy.json"),
+        ("--samples 3 --temperature 0", "deploy-samples3-temperature0.0.json"),
+                       ("--samples 1 --seed 5", "deploy-seed5.json"),
+                       (f"--samples 1 --data {d}/bom.jsonl", "deploy-data_bom_")):
         status, out, err = server("evaluate_deploy.py", tmp_path / "copy", *argv.split(), cwd=tmp_path)
         assert status == 0 and name in out, err
         path, = (tmp_path / "copy").glob(f"{name.removesuffix('.json')}*" if name.endswith("_") else name)
@@ -393,7 +453,8 @@ def test_an_evaluation_says_how_it_was_made_and_replaces_no_other(server, d, tmp
         assert (settings["samples"], settings["step"], len(settings["data_hash"])) == (3 if "3" in argv else 1, 2, 12)
     greedy = json.loads((tmp_path / "copy/deploy-samples3-temperature0.0.json").read_text())
     for table in greedy["results"].values():
-        assert (table["all"]["solve"] * table["all"]["problems"]) % 1 == pytest.approx(0, abs=1e-9) and table["all"]["compiles"] > 0
+        assert (table["all"]["solve"] * table["all"]["problems"]) % 1 == pytest.approx(0,
+            abs=1e-9) and table["all"]["compiles"] > 0
     assert (tmp_path / "copy/deploy.json").read_bytes() == own
 
 
@@ -422,7 +483,8 @@ def test_an_interrupt_says_how_to_go_on(server, d, tmp_path, number):
     until(lambda: metrics.exists() and metrics.stat().st_size)
     os.kill(pid, number)
     status, out, err = server.wait(pid, log)
-    assert status == 130 and re.fullmatch(r"\ninterrupted at step \d/2; go on with: python \S*train_grpo.py .*--resume\n", err), err
+    assert status == 130, err
+    assert re.fullmatch(r"\ninterrupted at step \d/2; go on with: python \S*train_grpo.py .*--resume\n", err), err
     train(server, d, tmp_path / "run", "--resume")
     same(d / "run", tmp_path / "run")
 
