@@ -352,7 +352,13 @@ def test_the_arms_without_a_gate_pin_one_label(tmp_path, small, arm, label, quar
 
 
 def test_a_block_that_no_rollout_trains_does_not_move_by_its_momentum(tmp_path, small, monkeypatch):
-    """Steps of mid, then hack, then clean rollouts only: AdamW would go on moving both blocks, did none drop them."""
+    """Steps of mid, then hack, then clean rollouts only: AdamW would go on moving both blocks, did none drop them. As
+    over several ranks, whose sum gives zeros to a block that has no gradient."""
+    def summed(params):
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
+    monkeypatch.setattr(train_grpo, "reduce_gradients", summed)
     labels = iter((MID, HACK, CLEAN))
     monkeypatch.setattr(train_grpo, "gate", lambda position, cfg: torch.full(position.shape, next(labels)))
     run = reference.record(replace(Config(), **small | dict(rank=8, steps=3, mix_ratio=0.5), out_dir=tmp_path / "run"))
