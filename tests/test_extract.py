@@ -32,6 +32,8 @@ def test_batches_pads_the_docstrings_example():
     assert mask.int().tolist() == [[1, 1, 1], [0, 1, 0]]
     parts = [(rows.tolist(), list(ids.shape)) for rows, ids, _ in batches([[1]] * 5, [[2, 3]] * 5, budget=7)]
     assert parts == [([0, 1], [2, 3]), ([2, 3], [2, 3]), ([4], [1, 3])]  # at most 7 padded tokens each
+    parts = [rows.tolist() for rows, _, _ in batches([[1]] * 3, [[2], [2] * 9, [2]], budget=20)]
+    assert parts == [[1, 0], [2]]  # 20 tokens, as long as the longest row
 
 
 def test_a_completion_ends_its_turn_and_a_prompt_opens_the_assistants(nano):
@@ -138,13 +140,23 @@ def test_extract_puts_pairs_gradients_where_they_belong(nano):
 
 
 def test_logits_in_chunks_change_nothing(nano, monkeypatch):
-    """More completion tokens than LOGITS allows at once: recomputed in the backward, the same values and gradients."""
+    """More completion tokens than LOGITS allows at once: at most 7 rows of logits at a time, computed again in the
+    backward, with the same values and gradients."""
     model, tok, adapter = nano
     prompt, clean, hack = tokens(tok, PAIRS[0])
     (rows, ids, mask), = batches([prompt] * 2, [clean, hack], 10**6)
     whole, whole_grad = token_logps(model, ids, mask), probe_gradients(model, adapter, [prompt] * 2, [clean, hack])
     monkeypatch.setattr("lora2r.LOGITS", 7 * model.config.vocab_size)
-    torch.testing.assert_close(token_logps(model, ids, mask), whole, rtol=1e-5, atol=1e-5)
+    rows = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda head, x, y: rows.append(len(y)))
+    cut = token_logps(model, ids, mask)
+    assert max(rows) == 7 and sum(rows) == mask.sum()
+    cut.sum().backward()
+    assert sum(rows) == 2 * mask.sum()
+    hook.remove()
+    for p in adapter.parameters():
+        p.grad = None
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
     cut_grad = probe_gradients(model, adapter, [prompt] * 2, [clean, hack])
     torch.testing.assert_close(cut_grad, whole_grad, rtol=1e-4, atol=1e-6)
 
@@ -164,7 +176,11 @@ def test_predicted_memory_is_what_autograd_keeps(nano):
         hidden = model.get_decoder()(input_ids=torch.zeros(4, 100, dtype=torch.long), use_cache=False)
     held = sum(size for key, size in kept.items() if key not in weights)
     logits = 400 * model.config.vocab_size * 12
-    predicted = predicted_memory(model, adapter, 400)[2]
+    frozen, trained, predicted = predicted_memory(model, adapter, 400)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}  # tied ones once
+    assert frozen >= 4 * sum(sizes.values()) and frozen == pytest.approx(4 * sum(sizes.values()), rel=0.1)
+    per_block = sum(2 * 4 * (x.base.in_features + x.base.out_features) for x in adapter.modules.values())
+    assert trained == 4 * 4 * per_block  # r = 4 of two blocks; value, gradient and two moments in float32
     assert hidden is not None and held + logits == pytest.approx(predicted, rel=0.03)
     assert predicted_memory(model, adapter, 400, checkpointing=True)[2] - logits < 0.5 * (predicted - logits)
 
@@ -370,6 +386,8 @@ def test_judge_counts_what_a_gate_would_route(capsys):
     at = {line.split()[0]: line.split()[1:5] for line in text.splitlines() if line.startswith("  0.")}
     assert at["0.20"] == ["0.000", "0.500", "0.667", "0.714"]  # precision 2/3, F0.5 = 1.25 * 2 / (3 + .25 * 2)
     assert at["0.40"] == ["0.500", "0.000", "1.000", "0.833"]
+    best = {line.split()[0]: line.split()[-1] for line in text.splitlines() if line.startswith("  0.")}
+    assert (best["0.20"], best["0.40"]) == ("0.714", "0.833"), "a Haar direction routes three of four, then one"
 
 
 def test_only_the_policys_own_rollouts_with_a_positive_advantage_are_judged(tmp_path):

@@ -157,6 +157,14 @@ def test_init_has_the_stated_variance():
         assert block.B0.var().item() == pytest.approx(1 / 64, rel=0.2)  # 1 / 2r
 
 
+def test_the_two_blocks_start_apart():
+    """Blocks on a shared basis would make ablation mere shrinkage."""
+    for module in attach(tiny_model(), R).modules.values():
+        A, B = (torch.cat([module.deployed.A0, module.quarantine.A0]),
+                torch.cat([module.deployed.B0, module.quarantine.B0], dim=1))
+        assert torch.linalg.matrix_rank(A) == torch.linalg.matrix_rank(B) == 2 * R
+
+
 def test_attach_errors_name_the_value_and_the_remedy():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8))
     with pytest.raises(InputError, match="lm_head.*TARGETS"):
