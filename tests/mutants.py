@@ -257,7 +257,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (LORA, "(Block(a.clone(), b.clone()) for a, b in zip(A0.chunk(2), B0.chunk(2, dim=1)))",
      "(Block(A0[: self.r].clone(), B0[:, : self.r].clone()) for _ in range(2))", INDEPENDENT),
     # the probe: only half of h, the wrong half of c, other rollouts' c, a mean over tokens
-    (LORA, "probe * (dAx + A0x)", "probe * A0x", DIFFERENCES),
+    (LORA, "probe * (dAx + A0x)", "probe * A0x", of("lora2r", "probe_gradient_is_the_formula_and_per_rollout")),
     (LORA, "delta(x, [dep], None if c is None else c[:, :r])", "delta(x, [dep], None if c is None else c[:, r:])",
      DIFFERENCES),
     (LORA, "c[s.m, r:]", "c[: len(s.m), r:]", of("lora2r", "probe_gradient_is_the_formula_and_per_rollout")),
@@ -624,5 +624,8 @@ def main(wanted: str = "") -> int:
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     FORKS = multiprocessing.get_context("forkserver")
-    FORKS.set_forkserver_preload(["torch", "transformers", "tyro", "pytest", "safetensors.torch"])
+    FORKS.set_forkserver_preload([
+        "torch.utils.checkpoint", "safetensors.torch", "tyro", "pytest", "transformers.cache_utils",
+        "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+        "transformers.models.qwen3.modeling_qwen3"])
     sys.exit(main(*sys.argv[1:2]))

@@ -86,14 +86,16 @@ def test_token_logps_are_of_the_next_token_at_the_temperature(nano):
 
 
 def test_a_rollout_depends_on_its_own_noise_only(nano):
-    """Other rows, other paddings and other counts per prompt: the same rollouts."""
+    """Other rows, other paddings and other counts per prompt, rows that end early: the same rollouts. T = 2: noise
+    decides most tokens."""
     model, tok, adapter, problems = nano
     prompts = [encode_prompt(tok, p.messages) for p in problems]
     u = noise(24, 48)
-    together, logps = generate(model, tok, prompts, [2] * 12, u, 1.0)
+    together, logps = generate(model, tok, prompts, [2] * 12, u, 2.0)
     n = [0, 1, 3, 0]
     rows = [2, 4, 5, 5]  # of `together`
-    some, some_logps = generate(model, tok, prompts[:4], n, u[[2, 4, 5, 5]], 1.0)
+    some, some_logps = generate(model, tok, prompts[:4], n, u[[2, 4, 5, 5]], 2.0)
+    assert len(set(map(len, together))) > 4
     assert some[:3] == [together[i] for i in rows[:3]] and some[3] == some[2]
     torch.testing.assert_close(some_logps[0], logps[2], rtol=1e-4, atol=1e-4)
     assert generate(model, tok, prompts, [0] * 12, u[:0], 1.0) == ([], [])
