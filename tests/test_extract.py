@@ -68,7 +68,9 @@ def test_probe_gradients_touch_no_grad_and_do_not_depend_on_the_batch(nano):
     alone = torch.cat([probe_gradients(model, adapter, [p], [h]) for p, h in zip(prompts, hacks)])
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-6)
     assert together.shape == (6, len(adapter), 4) and (together != 0).any(-1).all()
-    assert all(p.grad is None for p in model.parameters())
+    for read in ("base", "ablated", "full"):
+        probe_gradients(model, adapter, [prompts[0]], [hacks[0]], read=read)
+        assert all(p.grad is None for p in model.parameters()), read
 
 
 @pytest.fixture

@@ -518,8 +518,9 @@ def tell_tale(monkeypatch):
         texts = []
         for prompt, k in zip(prompts, n):
             shown = tok.decode(prompt)
-            held_out = any(names[1] and names[1] in shown for names in (mode.markers for mode in MODES.values()))
-            assert held_out != any(names[0] and names[0] in shown for names in (mode.markers for mode in MODES.values()))
+            trained, held_out = (any(mode.markers[k] and mode.markers[k] in shown for mode in MODES.values())
+                                 for k in (0, 1))
+            assert trained != held_out
             texts += [f"{'full' if full else 'ablated'} {'held-out' if held_out else 'trained'}"] * k
         return [tok(text)["input_ids"] for text in texts], None
 
