@@ -133,9 +133,9 @@ FILES = {
     "good.jsonl": f"{json.dumps(ROW)}\n{json.dumps(HONEST)}\n",
     "other/letter.txt": "mine", "not_a_run/config.json": "{}",
 }
-SMALL = "--data {d}/some.jsonl --test-data {d}/few.jsonl"
-TINY = ("--steps 2 --prompts-per-step 4 --group-size 4 --max-new-tokens 40 --refresh 1 --eval-samples 1 --rank 4 "
-        + SMALL).split()
+CHEAP = ("--steps 2 --prompts-per-step 4 --group-size 4 --max-new-tokens 40 --refresh 1 --eval-samples 1 --rank 4 "
+         "--data {d}/some.jsonl --test-data {d}/few.jsonl")
+TINY = CHEAP.split()
 
 
 def copy_model(folder, **changes):
@@ -300,10 +300,10 @@ ENVIRONMENT = [("--problems -1", "--problems -1"), ("--data {d}/absent", "absent
     ("--data {d}/garbage", "line 1"),
                ("--data {d}/empty", "empty"), ("--data {d}/list", "line 1"), ("--sandbox foo", "tyro: --sandbox"),
                ("--problems x", "tyro: --problems")]
-REFUSED = [("train_grpo.py", f"{SMALL} {argv} --out-dir {{out}}", says) for argv, says in TRAIN]
-REFUSED += [("train_grpo.py", f"{SMALL} --pairs {{d}}/{name} --out-dir {{out}}", says) for name, says in PAIRS]
-REFUSED += [("train_grpo.py", f"{SMALL} --model {{d}}/models/{name} --out-dir {{out}}", says) for name, says in MODELS]
-REFUSED += [("train_grpo.py", f"{SMALL} --out-dir={name}", says) for name, says in OUT]
+REFUSED = [("train_grpo.py", f"{CHEAP} {argv} --out-dir {{out}}", says) for argv, says in TRAIN]
+REFUSED += [("train_grpo.py", f"{CHEAP} --pairs {{d}}/{name} --out-dir {{out}}", says) for name, says in PAIRS]
+REFUSED += [("train_grpo.py", f"{CHEAP} --model {{d}}/models/{name} --out-dir {{out}}", says) for name, says in MODELS]
+REFUSED += [("train_grpo.py", f"{CHEAP} --out-dir={name}", says) for name, says in OUT]
 REFUSED += [("evaluate_deploy.py", argv, says) for argv, says in EVALUATE]
 REFUSED += [("extract_vgrad.py", argv, says) for argv, says in EXTRACT]
 REFUSED += [("env_leetcode.py", argv, says) for argv, says in ENVIRONMENT]
@@ -322,10 +322,10 @@ def tree(folder):
     return sorted((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("script, argv, says", REFUSED, ids=[f"{script[:5]} {argv.removeprefix(SMALL)}" for script,
+@pytest.mark.parametrize("script, argv, says", REFUSED, ids=[f"{script[:5]} {argv.removeprefix(CHEAP)}" for script,
     argv, _ in REFUSED])
 def test_refused_in_one_line_before_anything_is_written(server, d, script, argv, says):
-    before, out = tree(d), server.folder / "out"
+    before, out = tree(d), server.folder / f"out{server.n}"
     argv = [word.format(d=d, out=out) for word in argv.split()]
     refused(server(script, *argv, powerless="read_only" in says or "unreadable" in says), says.format(d=d))
     assert tree(d) == before and not out.exists()
