@@ -201,8 +201,8 @@ class RunFolder:
         differ = [f"{key} was {before.get(key)}, is {value}" for key, value in sorted(self.config.items())
                   if before.get(key) != value and key not in MAY_DIFFER]
         if differ:
-            raise InputError(f"--resume: {path} was started with other flags or files ({'; '.join(differ)}); "
-                             "give the same")
+            raise InputError(f"--resume: {path} was started with other flags ({'; '.join(differ)}); give "
+                             "the same")
 
     def locked(self) -> IO:
         """The lock, held until it is closed. Raises InputError if another run holds it."""
