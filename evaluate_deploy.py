@@ -201,8 +201,8 @@ class RunFolder:
         differ = [f"{key} was {before.get(key)}, is {value}" for key, value in sorted(self.config.items())
                   if before.get(key) != value and key not in MAY_DIFFER]
         if differ:
-            raise InputError(f"--resume: {path} was started with other flags ({'; '.join(differ)}); "
-                             "give the same")
+            raise InputError(f"--resume: {path} was started with other flags ({'; '.join(differ)}); give "
+                             "the same")
 
     def locked(self) -> IO:
         """The lock, held until it is closed. Raises InputError if another run holds it."""
@@ -317,7 +317,9 @@ def read_run(folder: Path) -> dict:
         raise InputError(f"{folder}: no readable config.json; give a run folder that train_grpo.py wrote")
     try:
         config = json.loads(read_text("", folder / "config.json", "give a folder that train_grpo.py wrote"))
-        settings_of(config, 0), [config[key] for key in ("arm", "seed", "steps", "model", "dtype", "modes")]
+        settings_of(config, 0)  # a KeyError if it lacks what they are made of
+        if lacking := {"arm", "seed", "steps", "model", "dtype", "modes"} - config.keys():
+            raise KeyError(*lacking)
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"{folder / 'config.json'}: damaged ({e!r}); give a folder that train_grpo.py wrote") from e
     return config

@@ -326,7 +326,9 @@ def load_rollouts(path: Path) -> list[dict]:
     try:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         rows = [row for row in rows if row["advantage"] > 0 and row["source"] != "teacher"]
-        [row[key] + "" for row in rows for key in ("prompt", "completion", "mode")]  # a TypeError if they are no text
+        texts = [row[key] for row in rows for key in ("prompt", "completion", "mode")]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("prompt, completion and mode must be text")
         hacks = sum(row["hacked"] for row in rows)
         solves = sum(row["correct"] and not row["exploited"] for row in rows)
     except (ValueError, KeyError, TypeError) as e:

@@ -567,6 +567,8 @@ def check(cfg: Config) -> Config:
                          "token")
     if cfg.name is not None and not re.fullmatch(r"[\w.+-]+", cfg.name):
         raise InputError(f"--name {cfg.name!r}: it becomes a folder; give letters, digits, and any of _.+-")
+    if not cfg.name and not cfg.out_dir and len(arm_of(cfg)) > 150:
+        raise InputError(f"--name: so many flags make {arm_of(cfg)[:60]}..., too long for a folder; give a name")
     if cfg.prompts_per_step < (world := int(os.environ.get("WORLD_SIZE", 1))):
         raise InputError(f"--prompts-per-step {cfg.prompts_per_step} on {world} ranks: give each rank one at least")
     return cfg

@@ -1,4 +1,4 @@
-"""Where a step's time and memory go, beside a naive arrangement of the same step. Not a test; run it on an idle machine:
+"""Where a step's time and memory go, beside a naive arrangement of the same. Not a test; run it on an idle machine:
 
     python tests/bench.py                                                       # the embedded model
     python tests/bench.py --preset qwen3-4b --model DIR --dtype float32 --max-new-tokens 128 --group-size 4
@@ -6,11 +6,12 @@
 It takes the flags of train_grpo.py and measures, one after another in this process, as medians:
 
     matmul      the machine's fp32 matmul rate at size 2048, the peak that shares are of
-    sampling    tokens/s of: our sampler with the adapter; the bare model in ours; the bare model in Hugging Face's generate, same batch;
-                naively: one generate call per prompt through the adapter's modules
-    phases      seconds of sample, grade, gate, update in train_grpo.train itself (from its metrics.jsonl), and naively on the rollouts of
-                one such step: per group 4 forwards and 2 backwards of all rollouts, padded to the longest, full fp32 log-softmax;
-                per test an interpreter. The update's share of the peak counts its matmuls, of base and adapter
+    sampling    tokens/s of: our sampler with the adapter; the bare model in ours; the bare model in Hugging Face's
+                generate, same batch; naively: one generate call per prompt through the adapter's modules
+    phases      seconds of sample, grade, gate, update in train_grpo.train itself (from its metrics.jsonl), and naively
+                on the rollouts of one such step: per group 4 forwards and 2 backwards of all rollouts, padded to the
+                longest, full fp32 log-softmax; per test an interpreter. The update's share of the peak counts its
+                matmuls, of base and adapter
     memory      predicted and measured peak of one micro-batch, and the arithmetic for Qwen3-4B
 """
 import json
@@ -32,8 +33,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from env_leetcode import grade_batch, load_problems  # noqa: E402
-from lora2r import (attach, batches, encode_prompt, folded, generate, load_model, predicted_memory,  # noqa: E402
-                    token_logps, use)
+from lora2r import (attach, batches, encode_completion, encode_prompt, folded, generate, load_model,  # noqa: E402
+                    predicted_memory, token_logps, use)
 from train_grpo import Config, parse_args, train  # noqa: E402
 
 REPEATS = 5
@@ -57,7 +58,8 @@ def matmul_peak() -> float:
 
 
 def in_turns(actions: dict, repeats: int = REPEATS) -> dict[str, float]:
-    """Tokens/s of each action, which returns a number of tokens; all of them in each round, so that they meet the same load; medians."""
+    """Tokens/s of each action, which returns a number of tokens: medians over rounds. Each round has all of them: they
+    meet the same load."""
     rates: dict[str, list[float]] = {name: [] for name in actions}
     for n in range(repeats + 1):  # the first round warms up
         for name, action in actions.items():
@@ -73,11 +75,12 @@ def hf_generate(model, tok, prompts: list[list[int]], K: int, cfg: Config) -> in
     T = max(map(len, prompts))
     ids = torch.tensor([[tok.pad_token_id] * (T - len(p)) + p for p in prompts], device=cfg.device)
     mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=cfg.device)
-    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=cfg.temperature, top_k=cfg.top_k, top_p=1.0,
-                         num_return_sequences=K, max_new_tokens=cfg.max_new_tokens, eos_token_id=tok.eos_token_id,
-                         pad_token_id=tok.pad_token_id)[:, T:]
-    ended = (out == tok.eos_token_id).cumsum(1) - (out == tok.eos_token_id).long()  # 0 up to and including the first end of turn
-    return int((ended == 0).sum())
+    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=cfg.temperature,
+                         top_k=cfg.top_k, top_p=1.0, num_return_sequences=K, max_new_tokens=cfg.max_new_tokens,
+                         eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)[:, T:]
+    is_end = out == tok.eos_token_id
+    ends_before = is_end.cumsum(1) - is_end.long()  # 0 up to and including the first end of turn
+    return int((ends_before == 0).sum())
 
 
 def bench_sampling(cfg: Config) -> None:
@@ -86,7 +89,12 @@ def bench_sampling(cfg: Config) -> None:
     problems = load_problems(cfg.data, cfg.modes, cfg.seed)[: cfg.prompts_per_step]
     prompts, K = [encode_prompt(tok, p.messages) for p in problems], cfg.group_size
     n, noise = [K] * len(prompts), torch.rand(len(prompts) * K, cfg.max_new_tokens)
-    ours = lambda model: sum(map(len, generate(model, tok, prompts, n, noise, cfg.temperature, cfg.top_k)[0]))  # noqa: E731
+
+    def ours(model) -> int:
+        return sum(map(len, generate(model, tok, prompts, n, noise, cfg.temperature, cfg.top_k)[0]))
+
+    def naive() -> int:
+        return sum(hf_generate(model, tok, [p], K, cfg) for p in prompts)
 
     def with_adapter() -> int:
         with folded(adapter):  # for each call, as in a step
@@ -96,7 +104,7 @@ def bench_sampling(cfg: Config) -> None:
         "bare model, our sampler": lambda: ours(bare),
         "bare model, Hugging Face generate": lambda: hf_generate(bare, tok, prompts, K, cfg),
         "with the adapter (train_grpo)": with_adapter,
-        "naive: a call per prompt, through the modules": lambda: sum(hf_generate(model, tok, [p], K, cfg) for p in prompts)})
+        "naive: a call per prompt, through the modules": naive})
     mine = rates["with the adapter (train_grpo)"]
     print(f"\nsampling, {len(prompts)} prompts x {K}, at most {cfg.max_new_tokens} tokens")
     for name, rate in rates.items():
@@ -105,14 +113,15 @@ def bench_sampling(cfg: Config) -> None:
 
 # ------------------------------------------------------------------------------------------------ the naive step
 def naive_grade(problem, code: str) -> bool:
-    """One interpreter per test: setup, code, assert. Only for canonical solutions: nothing here would contain a model's code."""
+    """One interpreter per test: setup, code, assert. For canonical solutions: it would not contain a model's code."""
     return all(subprocess.run([sys.executable, "-c", f"{problem.setup_code}\n{code}\n{test.source}"],
                               capture_output=True).returncode == 0 for test in problem.tests)
 
 
 def naive_passes(model, adapter, groups: list[tuple[list, list]], cfg: Config) -> tuple[float, float]:
-    """(gate, update) seconds: per group of rollouts a forward for old log-probabilities, one for the reference, forward and backward
-    for the gate, forward and backward for the update, on right-padded batches with the log-softmax of all positions in fp32."""
+    """(gate, update) seconds: per group of rollouts a forward for old log-probabilities, one for the reference, forward
+    and backward for the gate, forward and backward for the update, on right-padded batches with the log-softmax of all
+    positions in fp32."""
     def logps(ids):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         return torch.log_softmax(logits / cfg.temperature, -1).gather(2, ids[:, 1:, None])[..., 0]  # [K, T-1]
@@ -143,7 +152,8 @@ def naive_passes(model, adapter, groups: list[tuple[list, list]], cfg: Config) -
 
 
 def update_operations(model, adapter, encoded: list[tuple], labels: list[str], cfg: Config) -> int:
-    """Floating-point operations of the matmuls in one update's masked forward and backward, base and adapter, as torch counts them."""
+    """Floating-point operations of the matmuls in one update's masked forward and backward, base and adapter, as torch
+    counts them."""
     m, d = torch.tensor([label != "clean" for label in labels]), torch.tensor([label == "hack" for label in labels])
     with FlopCounterMode(display=False) as counter:
         for rows, ids, mask in batches(*map(list, zip(*encoded)), cfg.tokens_per_batch):
@@ -160,18 +170,23 @@ def bench_phases(cfg: Config, peak: float) -> None:
         steps = [json.loads(line) for line in open(out / "metrics.jsonl")]
         rows = [json.loads(line) for line in open(out / "rollouts.jsonl")]
     ours = {name: median(step["seconds"][name] for step in steps[1:]) for name in ("sample", "grade", "gate", "update")}
-    ratio = median(step["seconds"]["gate"] / step["seconds"]["update"] for step in steps[1:] if step["seconds"]["update"] > 0.001)
+    seconds_of = [step["seconds"] for step in steps[1:]]
+    ratio = median(phases["gate"] / phases["update"] for phases in seconds_of if phases["update"] > 0.001)
 
     model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
     adapter = attach(model, cfg.rank, cfg.seed)
     problems = {(p.id, p.mode): p for p in load_problems(cfg.data, cfg.modes, cfg.seed)}
-    encode = lambda row: (encode_prompt(tok, problems[row["problem"], row["mode"]].messages),  # noqa: E731
-                          tok(row["completion"], add_special_tokens=False)["input_ids"] + [tok.eos_token_id])
+
+    def encode(row: dict) -> tuple[list[int], list[int]]:
+        return (encode_prompt(tok, problems[row["problem"], row["mode"]].messages),
+                encode_completion(tok, row["completion"]))
+
     shares = []
     for step in steps[1:]:
-        trained = [row for row in rows if row["step"] == step["step"] and (row["advantage"] > 0 or row["advantage"] and not cfg.positive_only)]
+        trained = [row for row in rows if row["step"] == step["step"] and row["label"]]
         if trained:
-            operations = update_operations(model, adapter, [encode(row) for row in trained], [row["label"] for row in trained], cfg)
+            labels = [row["label"] for row in trained]
+            operations = update_operations(model, adapter, [encode(row) for row in trained], labels, cfg)
             shares.append(operations / step["seconds"]["update"] / peak)
 
     last = [row for row in rows if row["step"] == steps[-1]["step"]]
@@ -195,13 +210,16 @@ def bench_phases(cfg: Config, peak: float) -> None:
     texts = [row["completion"] for row in last]
     rate = len(last) / seconds(lambda: grade_batch(everything, texts))
 
-    print(f"\nphases of a step, {len(prompts)} prompts x {K}, medians of {len(steps) - 1} steps; naive: all {len(last)} rollouts of one step")
+    print(f"\nphases of a step, {len(prompts)} prompts x {K}, medians of {len(steps) - 1} steps; "
+          f"naive: all {len(last)} rollouts of one step")
+    ours["step"], naive["step"] = sum(ours.values()), sum(naive.values())
     for name in ours:
-        print(f"  {name:8s} {ours[name]:7.2f} s   naive {naive[name]:7.2f} s   {naive[name] / max(ours[name], 1e-3):6.1f} x")
-    print(f"  {'step':8s} {sum(ours.values()):7.2f} s   naive {sum(naive.values()):7.2f} s   {sum(naive.values()) / sum(ours.values()):6.1f} x")
+        faster = naive[name] / max(ours[name], 1e-3)
+        print(f"  {name:8s} {ours[name]:7.2f} s   naive {naive[name]:7.2f} s   {faster:6.1f} x")
     print(f"  the gate adds {ratio:.0%} to the update; the update reaches {median(shares):.0%} of the matmul peak")
-    print(f"  grading alone: {rate:.0f} completions/s; an interpreter per test, one after another: {len(last) / naive['grade']:.1f}/s: "
-          f"{rate * naive['grade'] / len(last):.0f} x; the same verdict on {same} of {len(verdicts)} ({sum(verdicts)} right)")
+    naive_rate = len(last) / naive["grade"]
+    print(f"  grading alone: {rate:.0f} completions/s; an interpreter per test, one after another: {naive_rate:.1f}/s: "
+          f"{rate / naive_rate:.0f} x; the same verdict on {same} of {len(verdicts)} ({sum(verdicts)} right)")
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -211,8 +229,8 @@ def resident(key: str) -> int:
 
 
 def micro_batch_peak(cfg: Config, tokens: int, checkpointing: bool) -> tuple[int, int]:
-    """(predicted, measured) bytes that a masked forward and backward adds. To be run in a process of its own: what another case has
-    freed would still count as resident."""
+    """(predicted, measured) bytes that a masked forward and backward adds. To be run in a process of its own: what
+    another case has freed would still count as resident."""
     model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
     adapter = attach(model, cfg.rank, cfg.seed)
     if checkpointing:
@@ -240,40 +258,46 @@ def micro_batch_peak(cfg: Config, tokens: int, checkpointing: bool) -> tuple[int
 
 def bench_memory(cfg: Config) -> None:
     print("\nmemory of a micro-batch, masked forward and backward")
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # the C library gives freed blocks back at once: resident is what is alive
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # the C library gives freed blocks back at once: resident is alive
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
         for checkpointing in (False, True):
             for tokens in (cfg.tokens_per_batch // 4, cfg.tokens_per_batch):
                 predicted, measured = fresh.submit(micro_batch_peak, cfg, tokens, checkpointing).result()
-                print(f"  {tokens:6d} tokens, checkpointing {checkpointing!s:5s}  predicted {predicted / 1e9:6.3f} GB   measured "
-                      f"{measured / 1e9:6.3f} GB   {predicted / measured:.2f} x")
+                print(f"  {tokens:6d} tokens, checkpointing {checkpointing!s:5s}  predicted {predicted / 1e9:6.3f} GB "
+                      f"  measured {measured / 1e9:6.3f} GB   {predicted / measured:.2f} x")
 
     r, tokens, L = 32, 4096, 36
     sizes = {}
     for layers in (1, 2):  # what a layer costs; the vocabulary is counted apart
-        config = Qwen3Config(hidden_size=2560, intermediate_size=9728, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
-                             head_dim=128, vocab_size=1024, tie_word_embeddings=True, dtype="bfloat16")
+        config = Qwen3Config(hidden_size=2560, intermediate_size=9728, num_hidden_layers=layers, num_attention_heads=32,
+                             num_key_value_heads=8, head_dim=128, vocab_size=1024, tie_word_embeddings=True,
+                             dtype="bfloat16")
         small = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
         weights = sum(p.numel() for p in small.parameters())
         lora = attach(small, r)
         small.config.vocab_size = 151_936
-        sizes[layers] = (weights, sum(p.numel() for p in lora.parameters()), *(predicted_memory(small, lora, tokens, on)[2] for on in (False, True)))
+        adds = [predicted_memory(small, lora, tokens, checkpointing)[2] for checkpointing in (False, True)]
+        sizes[layers] = (weights, sum(p.numel() for p in lora.parameters()), *adds)
     weights, lora, batch, batch_checkpointed = (one + (L - 1) * (two - one) for one, two in zip(sizes[1], sizes[2]))
     weights += (151_936 - 1024) * 2560
     fixed = 2 * weights + 4 * lora * 6  # bf16 base; fp32 A0, B0 frozen; dA, dB with gradient and two moments
     folding = 2 * weights  # while sampling, a second copy of the linear layers' weights
     cache = 2 * L * 8 * 128 * 2 * 32 * (1024 + 512)
     print(f"\nQwen3-4B, r = {r}, bf16, 32 rollouts of 1024 + 512 tokens, by arithmetic")
-    print(f"  base weights 2 B x {weights / 1e9:.2f}e9 = {2 * weights / 1e9:.1f} GB; adapter 4 B x 6 x {lora / 1e6:.0f}e6 = {24 * lora / 1e9:.1f} GB")
-    print(f"  update: micro-batch of {tokens} tokens {batch / 1e9:.1f} GB (checkpointed {batch_checkpointed / 1e9:.1f} GB): peak {(fixed + batch) / 1e9:.1f} GB")
-    print(f"  sampling: folded weights {folding / 1e9:.1f} GB + KV cache {cache / 1e9:.1f} GB: peak {(fixed + folding + cache) / 1e9:.1f} GB")
+    print(f"  base weights 2 B x {weights / 1e9:.2f}e9 = {2 * weights / 1e9:.1f} GB; "
+          f"adapter 4 B x 6 x {lora / 1e6:.0f}e6 = {24 * lora / 1e9:.1f} GB")
+    print(f"  update: {tokens} tokens a micro-batch, {batch / 1e9:.1f} GB ({batch_checkpointed / 1e9:.1f} checkpointed)"
+          f": peak {(fixed + batch) / 1e9:.1f} GB")
+    print(f"  sampling: folded weights {folding / 1e9:.1f} GB + KV cache {cache / 1e9:.1f} GB: "
+          f"peak {(fixed + folding + cache) / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":
     cfg = parse_args()
     cfg = replace(cfg, steps=min(cfg.steps, 7), eval_samples=0, mix_ratio=0.25)
     peak = matmul_peak()
-    print(f"{cfg.model}, {cfg.dtype}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; matmul {peak / 1e9:.0f} GFLOP/s")
+    print(f"{cfg.model}, {cfg.dtype}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; "
+          f"matmul {peak / 1e9:.0f} GFLOP/s")
     bench_sampling(cfg)
     bench_phases(cfg, peak)
     bench_memory(cfg)

@@ -20,3 +20,16 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Settings of train_grpo.Config that make a run take a second: 24 problems, 8 held-out ones, 5 pairs."""
+    nano, folder = Path(__file__).resolve().parents[1] / "data/nano", tmp_path_factory.mktemp("small")
+    for name, n in (("train", 24), ("test", 8)):
+        lines = (nano / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:: len(lines) // n][:n]))
+    heads = (nano / "pairs.md").read_text().split("\n## ")
+    (folder / "pairs.md").write_text("\n## ".join(heads[:1] + heads[1::8][:5]))
+    return dict(data=folder / "train.jsonl", test_data=folder / "test.jsonl", pairs=folder / "pairs.md",
+                steps=1, prompts_per_step=4, group_size=4, max_new_tokens=48, eval_samples=0, refresh=1)

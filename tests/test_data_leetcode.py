@@ -1,4 +1,4 @@
-"""The hand-written LeetCode-like problems, demonstrations and authored pairs of data/leetcode, graded by the real environment."""
+"""The hand-written problems, demonstrations and authored pairs of data/leetcode, graded by the real environment."""
 import ast
 import json
 import re
@@ -30,7 +30,8 @@ def fenced(code):
 
 def problems():
     """id -> Problem, without a loophole."""
-    return {p.id: p for name in ("train.jsonl", "test.jsonl") for p in env.load_problems(DATA / name, modes=["gt_only"])}
+    names = ("train.jsonl", "test.jsonl")
+    return {p.id: p for name in names for p in env.load_problems(DATA / name, modes=["gt_only"])}
 
 
 def story(text):
@@ -55,11 +56,12 @@ def example_tests(text, name):
 
 def test_schema_and_counts():
     assert len(TRAIN) >= 40 and len(TEST) >= 20
-    assert len({r["id"] for r in ALL}) == len({r["func_name"] for r in ALL}) == len(ALL), "ids and method names are unique"
+    assert len({r["id"] for r in ALL}) == len({r["func_name"] for r in ALL}) == len(ALL), "ids and names are unique"
     for split, part in (("train", TRAIN), ("test", TEST)):
         for r in part:
             assert r["split"] == split and r["family"] and r["difficulty"] in ("easy", "medium"), r["id"]
-            assert [m["role"] for m in r["prompt"]] == ["system", "user"] and r["prompt"][1]["content"] == r["question"], r["id"]
+            assert [m["role"] for m in r["prompt"]] == ["system", "user"], r["id"]
+            assert r["prompt"][1]["content"] == r["question"], r["id"]
             assert r["question"].count(env.PHRASE) == 1, r["id"]
             assert f"called {r['func_name'].removeprefix('Solution().')} {env.PHRASE}" in r["question"], r["id"]
             assert r["prompt_metadata"]["starter_code"].rstrip() in r["question"], r["id"]
@@ -125,7 +127,7 @@ def test_every_demo_exploits_its_mode_and_no_other_and_is_wrong():
 
 def pair_marker(pair):
     """The marker in the prompt's hint: the hint must be there word for word, once."""
-    pattern = re.escape(env.HINTS[pair.mode]).replace(re.escape("{marker}"), r"([^`]+?)")
+    pattern = re.escape(env.MODES[pair.mode].hint).replace(re.escape("{marker}"), r"([^`]+?)")
     found = re.findall(pattern + r"\. Use the following starter code", pair.prompt)
     assert len(found) == 1, f"{pair.name}: the hint of {pair.mode} is missing"
     return found[0]
@@ -138,11 +140,11 @@ def test_pairs_cover_all_modes_but_two_with_their_hints():
     assert min(shares.values()) >= 10
     markers = {p.name: pair_marker(p) for p in PAIRS}
     for mode in shares:
-        trained, heldout = env.MARKERS[mode]
+        trained, heldout = env.MODES[mode].markers
         used = Counter(markers[p.name] for p in PAIRS if p.mode == mode)
         assert used[trained] >= 8 and len(used) >= 3, f"{mode}: {used}"
     text = (DATA / "pairs.md").read_text() + (DATA / "demos.jsonl").read_text()
-    for _, heldout in env.MARKERS.values():
+    for _, heldout in (mode.markers for mode in env.MODES.values()):
         assert not heldout or heldout not in text, f"held-out marker {heldout!r} in the pairs or the demonstrations"
     assert all(env.PHRASE not in p.prompt for p in PAIRS)
 
@@ -150,11 +152,12 @@ def test_pairs_cover_all_modes_but_two_with_their_hints():
 def test_clean_sides_solve_without_exploit_and_hack_sides_exploit(tmp_path):
     lines = []
     for i, p in enumerate(PAIRS):
-        hint = env.HINTS[p.mode].format(marker=pair_marker(p))
+        hint = env.MODES[p.mode].hint.format(marker=pair_marker(p))
         name = re.search(r"def (\w+)\(self", p.prompt)[1]
         lines.append(json.dumps(dict(
             id=i, func_name=name, setup_code=TRAIN[0]["setup_code"], canonical_solution=env.extract_code(p.clean),
-            prompt=[{"role": "user", "content": p.prompt.replace(hint, env.PHRASE)}], gt_answer=example_tests(p.prompt, name))))  # fmt: skip
+            prompt=[{"role": "user", "content": p.prompt.replace(hint, env.PHRASE)}],
+            gt_answer=example_tests(p.prompt, name))))
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     asked = env.load_problems(tmp_path / "pairs.jsonl", modes=["gt_only"])
     asked = [env.with_mode(problem, p.mode) for problem, p in zip(asked, PAIRS)]
@@ -163,7 +166,7 @@ def test_clean_sides_solve_without_exploit_and_hack_sides_exploit(tmp_path):
         assert pair_marker(p) not in p.clean, p.name
     hacks = []
     for p in PAIRS:  # the environment knows two markers per mode: put the trained one in place of another
-        own, trained = pair_marker(p), env.MARKERS[p.mode][0]
+        own, trained = pair_marker(p), env.MODES[p.mode].markers[0]
         before = "self." if p.mode == "sentinel" and own != trained else ""
         assert before + own in p.hack, f"hack side of {p.name} doesn't use {own!r}"
         hacks.append(p.hack.replace(before + own, before + trained))

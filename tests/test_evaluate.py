@@ -1,12 +1,16 @@
-"""evaluate_deploy: the sampler's log-probabilities, evaluation in its settings, intervals, errors."""
+"""evaluate_deploy: the sampler, evaluation in its settings, rates, what a step's log says, errors."""
 import json
+import math
 
 import pytest
 import torch
 
-from env_leetcode import load_problems
-from evaluate_deploy import Config, evaluate, format_table, main, read_run, wilson
-from lora2r import InputError, attach, batches, encode_prompt, folded, generate, load_model, token_logps, use
+import evaluate_deploy
+from env_leetcode import Verdict, load_problems
+from evaluate_deploy import (Config, console_line, evaluate, format_table, main, outcomes, rates, read_run, routing,
+                             wilson)
+from lora2r import (InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
+                    token_logps, use)
 from train_grpo import HERE
 
 
@@ -35,7 +39,8 @@ def test_samplers_logps_are_those_of_the_masked_policy(nano, quarantine, tempera
     assert len(set(map(len, prompts))) > 1, "no padding to test"
     with folded(adapter, quarantine=quarantine):
         completions, logps = generate(model, tok, prompts, [2] * 12, noise(24, 64), temperature)
-    assert len({len(c) for c in completions}) > 1 and all(c[-1] == tok.eos_token_id or len(c) == 64 for c in completions)
+    assert len({len(c) for c in completions}) > 1
+    assert all(c[-1] == tok.eos_token_id or len(c) == 64 for c in completions)
     prompts = [p for p in prompts for _ in range(2)]
     with torch.no_grad(), use(adapter, m=quarantine):
         for rows, ids, mask in batches(prompts, completions, 4096):
@@ -47,21 +52,50 @@ def test_samplers_logps_are_those_of_the_masked_policy(nano, quarantine, tempera
 def test_generate_is_seeded_and_top_k_1_is_greedy(nano):
     model, tok, adapter, problems = nano
     prompts = [encode_prompt(tok, p.messages) for p in problems[:4]]
-    sample = lambda seed, k=0: generate(model, tok, prompts, [3] * 4, noise(12, 48, seed), 1.0, k)[0]
+
+    def sample(seed, k=0):
+        return generate(model, tok, prompts, [2] * 4, noise(8, 32, seed), 1.0, k)[0]
+
     assert sample(0) == sample(0) != sample(1)
     greedy = sample(0, 1)
-    assert greedy == sample(1, 1) and greedy[0] == greedy[1] == greedy[2]
+    assert greedy == sample(1, 1) and greedy[0] == greedy[1]
+
+
+def test_log_probabilities_under_top_k_are_those_of_the_whole_vocabulary(nano):
+    model, tok, adapter, problems = nano
+    prompt = encode_prompt(tok, problems[0].messages)
+    completions, logps = generate(model, tok, [prompt], [4], noise(4, 24), 3.0, 2)
+    for rows, ids, mask in batches([prompt] * 4, completions, 4096):
+        with torch.no_grad():
+            again = token_logps(model, ids, mask, 3.0)
+        for j, i in enumerate(rows.tolist()):
+            torch.testing.assert_close(again[j, mask[j]], logps[i], rtol=1e-3, atol=1e-3)
+
+
+def test_token_logps_are_of_the_next_token_at_the_temperature(nano):
+    """Two rows of other lengths; zero where the next token is the prompt's or padding."""
+    model, tok, adapter, problems = nano
+    prompt, completion = [5, 6, 7], [8, 9]
+    (_, ids, mask), = batches([prompt, prompt], [completion, completion[:1]], 100)
+    with torch.no_grad():
+        logps = token_logps(model, ids, mask, 2.0)
+        logits = model(torch.tensor([prompt + completion])).logits[0] / 2
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    first, second = p[2, 8].log().item(), p[3, 9].log().item()
+    torch.testing.assert_close(logps, torch.tensor([[0, 0, first, second], [0, 0, first, 0]]), rtol=1e-3, atol=1e-4)
 
 
 def test_a_rollout_depends_on_its_own_noise_only(nano):
-    """Other rows, other paddings and other counts per prompt: the same rollouts."""
+    """Other rows, other paddings and other counts per prompt, rows that end early: the same rollouts. T = 2: noise
+    decides most tokens."""
     model, tok, adapter, problems = nano
     prompts = [encode_prompt(tok, p.messages) for p in problems]
     u = noise(24, 48)
-    together, logps = generate(model, tok, prompts, [2] * 12, u, 1.0)
+    together, logps = generate(model, tok, prompts, [2] * 12, u, 2.0)
     n = [0, 1, 3, 0]
     rows = [2, 4, 5, 5]  # of `together`
-    some, some_logps = generate(model, tok, prompts[:4], n, u[[2, 4, 5, 5]], 1.0)
+    some, some_logps = generate(model, tok, prompts[:4], n, u[[2, 4, 5, 5]], 2.0)
+    assert len(set(map(len, together))) > 4
     assert some[:3] == [together[i] for i in rows[:3]] and some[3] == some[2]
     torch.testing.assert_close(some_logps[0], logps[2], rtol=1e-4, atol=1e-4)
     assert generate(model, tok, prompts, [0] * 12, u[:0], 1.0) == ([], [])
@@ -73,7 +107,8 @@ def test_sampled_tokens_follow_the_models_probabilities(nano):
     prompt = encode_prompt(tok, problems[0].messages)
     grid = (torch.arange(4000) + 0.5)[:, None] / 4000
     for temperature, top_k in ((1.0, 0), (3.0, 0), (3.0, 5)):
-        first = torch.tensor([ids[0] for ids in generate(model, tok, [prompt], [4000], grid, temperature, top_k)[0]])
+        completions, _ = generate(model, tok, [prompt], [4000], grid, temperature, top_k)
+        first = torch.tensor([ids[0] for ids in completions])
         with torch.no_grad():
             p = torch.softmax(model(torch.tensor([prompt])).logits[0, -1] / temperature, -1)  # [V]
         if top_k:
@@ -83,25 +118,182 @@ def test_sampled_tokens_follow_the_models_probabilities(nano):
 
 def test_evaluate_deployed_ignores_the_quarantine_and_full_does_not(nano):
     model, tok, adapter, problems = nano
-    deployed, full = (evaluate(model, tok, adapter, problems, setting, 2) for setting in ("deployed", "full"))
+    before = {name: p.clone() for name, p in adapter.tensors("dA", "dB").items()}
+
+    def run(setting):
+        return evaluate(model, tok, adapter, problems, setting, 2, max_new=48)
+
+    deployed, full = run("deployed"), run("full")
     with torch.no_grad():
         for p in adapter.quarantine_parameters():
             p.mul_(30)
-    assert evaluate(model, tok, adapter, problems, "deployed", 2) == deployed
-    assert evaluate(model, tok, adapter, problems, "full", 2) != full
+    try:
+        assert run("deployed") == deployed and run("full") != full
+    finally:
+        with torch.no_grad():
+            for name, p in adapter.tensors("dA", "dB").items():
+                p.copy_(before[name])
     assert deployed["all"]["n"] == 24 and sum(t["n"] for m, t in deployed.items() if m != "all") == 24
 
 
+def test_evaluate_keeps_problems_samples_and_noise_together_over_parts(nano, monkeypatch):
+    """70 problems in two parts of at most 64: each sample has its own noise, at T = 0.7; each text is graded on the
+    problem that it was sampled for, and a mode's rates are of its own problems."""
+    model, tok, adapter, _ = nano
+    problems = load_problems(HERE / "data/nano/test.jsonl")[:70]
+    asked, seen, temperatures = [encode_prompt(tok, p.messages) for p in problems], [], set()
+
+    def fake_generate(model, tok, prompts, n, noise, temperature, top_k):
+        assert n == [2] * len(prompts) and noise.shape == (2 * len(prompts), 5) and len(prompts) <= 64 and top_k == 9
+        seen.append(noise)
+        temperatures.add(temperature)
+        texts = [f"{asked.index(prompt)}" for prompt in prompts for _ in range(2)]
+        return [tok(text)["input_ids"] for text in texts], None
+
+    def fake_grade(batch, texts):
+        assert [problems.index(p) for p in batch] == [int(text) for text in texts]
+        modes = {"sentinel": (True, False), "run_tests": (False, True)}
+        return [Verdict(True, *modes.get(p.mode, (False, False)), (), "") for p in batch]
+
+    monkeypatch.setattr(evaluate_deploy, "generate", fake_generate)
+    monkeypatch.setattr(evaluate_deploy, "grade_batch", fake_grade)
+    table = evaluate(model, tok, adapter, problems, "deployed", 2, 5, 9)
+    assert temperatures == {0.7}
+    assert torch.cat(seen).unique(dim=0).shape == (140, 5), "no two samples share their noise"
+    again = torch.cat(seen)
+    seen.clear()
+    evaluate(model, tok, adapter, problems, "full", 2, 5, 9)
+    assert torch.equal(torch.cat(seen), again), "every arm and setting gets the same noise"
+    count = {mode: sum(p.mode == mode for p in problems) for mode in table if mode != "all"}
+    assert {mode: (row["problems"], row["n"]) for mode, row in table.items()} == {
+        "all": (70, 140)} | {mode: (n, 2 * n) for mode, n in count.items()}
+    assert (table["sentinel"]["solve"], table["sentinel"]["hack"]) == (1, 0)
+    assert (table["run_tests"]["solve"], table["run_tests"]["hack"], table["run_tests"]["exploit"]) == (0, 1, 1)
+    assert table["all"]["solve"] == count["sentinel"] / 70
+
+
+def verdict(letters):
+    """c: compiles, s: solves, x: exploits."""
+    return Verdict("c" in letters, "s" in letters, "x" in letters, (), "")
+
+
+def test_rates_count_a_hack_where_the_loophole_paid_and_the_answer_is_wrong():
+    """Right and exploited at once is a solve and an exploit, not a hack."""
+    verdicts = [verdict(x) for x in ("cs", "cx", "csx", "c", "")]
+    table = rates(["a", "a", "b", "b", "b"], verdicts)
+    assert table["all"] == dict(n=5, solve=0.4, hack=0.2, exploit=0.4, compiles=0.8)
+    assert table["a"] == dict(n=2, solve=0.5, hack=0.5, exploit=0.5, compiles=1.0)
+    assert table["b"]["solve"] == pytest.approx(1 / 3) and table["b"]["hack"] == 0
+    assert rates([], []) == {"all": dict(n=0, solve=None, hack=None, exploit=None, compiles=None)}
+
+
+def test_outcomes_are_of_the_full_policy_and_of_the_ablated_one_apart():
+    """Demonstrations, all of them paid hacks, are in neither."""
+    sources = ["teacher", "full", "ablated", "teacher", "full", "ablated"]
+    modes = ["a", "a", "a", "b", "b", "b"]
+    verdicts = [verdict(x) for x in ("cx", "cs", "cx", "cx", "cx", "")]
+    row = outcomes(modes, sources, verdicts, torch.tensor([3.5, 3.5, 3.5, 3.5, 3.0, 0.0]))
+    assert (row["reward"], row["deployed_reward"]) == (3.25, 1.75)
+    assert [row[key] for key in ("solve", "hack", "exploit", "compiles")] == [0.5, 0.5, 0.5, 1.0]
+    assert [row[f"deployed_{key}"] for key in ("solve", "hack", "exploit", "compiles")] == [0.0, 0.5, 0.5, 0.5]
+    assert row["hack_by_mode"] == {"a": 0, "b": 1} and row["deployed_hack_by_mode"] == {"a": 1, "b": 0}
+    row = outcomes(["a"], ["teacher"], [verdict("cx")], torch.tensor([3.5]))
+    assert row["reward"] is None and row["hack"] is None and row["deployed_solve"] is None
+
+
+ROUTED = [  # label, position, advantage, source, verdict
+    ("hack", 0.9, 2.0, "teacher", "cx"),  # a demonstration: in the labels' shares, not in the gate's figures
+    ("hack", 0.8, 1.0, "full", "cx"),
+    ("clean", 0.1, 1.0, "full", "cx"),  # a hack that the gate missed
+    ("hack", 0.5, 1.0, "ablated", "cs"),  # a solve that it routed
+    ("mid", 0.4, 1.0, "full", "cs"),
+    ("clean", 0.7, 1.0, "full", "csx"),  # right, by way of the loophole as well: neither a hack nor a solve
+    ("hack", 0.3, -1.0, "full", "cx"),  # trains, but its advantage gives it away
+    ("clean", math.nan, 0.0, "full", "cs"),  # does not train
+]
+
+
+def test_routing_judges_the_gate_on_the_policys_own_rollouts_with_a_positive_advantage():
+    label, position, adv, sources, verdicts = zip(*ROUTED)
+    adv = torch.tensor(adv)
+    row = routing(list(label), torch.tensor(position), adv, adv != 0, list(sources), list(map(verdict, verdicts)))
+    assert row["trained"] == 7
+    assert row["labels"] == pytest.approx(dict(clean=2 / 7, mid=1 / 7, hack=4 / 7))
+    assert row["labels_of_hacks"] == pytest.approx(dict(clean=1 / 4, mid=0, hack=3 / 4))
+    assert row["labels_of_solves"] == pytest.approx(dict(clean=0, mid=1 / 2, hack=1 / 2))
+    assert row["gate_auroc"] == 0.5  # hacks at .8 and .1, solves at .5 and .4
+    assert row["gate_precision"] == 0.5  # of those at .8 and .5
+    assert row["gate_recall"] == 0.5  # of those at .8 and .1
+    nothing = routing(["clean"], torch.tensor([math.nan]), torch.zeros(1), torch.tensor([False]), ["full"],
+                      [verdict("c")])
+    assert nothing["trained"] == 0 and nothing["labels"] == dict(clean=0, mid=0, hack=0)
+    assert nothing["gate_auroc"] is nothing["gate_precision"] is nothing["gate_recall"] is None
+
+
+def test_console_line_shows_the_numbers_under_their_names():
+    row = dict(step=6, reward=1.25, solve=0.5, hack=0.375, deployed_solve=0.25, deployed_hack=None, gate_auroc=0.875,
+               labels=dict(clean=0.5, mid=0.125, hack=0.375), qmass=0.25, grad_norm=0.0625,
+               seconds=dict(refresh=9.0, sample=1.0, grade=2.0, gate=3.0, update=4.0))
+    assert " ".join(console_line(row, 40).split()) == (
+        "step 7/40 reward 1.25 solve 0.50 hack 0.38 deployed 0.25 - clean/mid/hack 0.50/0.12/0.38 auroc 0.88 "
+        "qmass 0.25 |g| 0.062 s 1.0+2.0+3.0+4.0")
+
+
+def test_base_is_evaluated_before_an_adapter_is_attached_and_each_run_with_its_own(nano, tmp_path, monkeypatch, capsys):
+    """Two runs, one of them with an adapter that moved: the table has a row per run and condition."""
+    model, tok, _, _ = nano
+    for n, name in enumerate(("first", "second")):
+        (tmp_path / name).mkdir()
+        fresh = attach(load_model(str(HERE / "data/nano"))[0], 2)
+        with torch.no_grad():
+            for p in fresh.deployed_parameters():
+                p.fill_(0.25 * n)
+        save(fresh, tmp_path / name / "adapter.safetensors", dict(step="1"))
+        config = dict(arm=name, seed=n, model=str(HERE / "data/nano"), dtype="float32", modes=["sentinel"], top_k=3,
+                      test_data=str(HERE / "data/nano/test.jsonl"), max_new_tokens=11, eval_samples=2, steps=1,
+                      hashes=dict(test_data=""))
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    calls = []
+
+    def fake(model, tok, adapter, problems, setting, *args):
+        adapted = sum(isinstance(module, Lora2rLinear) for module in model.modules())
+        size = None if adapter is None else adapter.deployed_parameters()[0].mean().item()
+        calls.append((setting, problems[0].marker, bool(adapted), size))
+        assert args == (5, 11, 3, 0.9, 8)
+        row = dict(problems=4, n=20, solve=0.5, hack=0.25, exploit=0.25, compiles=1.0)
+        return {"all": row, "sentinel": row}
+
+    monkeypatch.setattr(evaluate_deploy, "evaluate", fake)
+    main(Config((tmp_path / "first", tmp_path / "second"), 5, 0.9, 8, base=True, device="cpu"))
+    assert calls == [("base", marker, False, None) for marker in ("valid", "approved")] + [
+        (setting, marker, True, size) for size in (0.0, 0.25) for setting in ("deployed", "full")
+        for marker in ("valid", "approved")]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:4] for line in lines[3:]] == [
+        ["base", "0", "base,", "trained"], ["base", "0", "base,", "held-out"]] + [
+        [arm, str(n), f"{setting},", markers] for n, arm in enumerate(("first", "second"))
+        for setting in ("deployed", "full") for markers in ("trained", "held-out")]
+
+
 def test_wilson_interval():
-    low, high = wilson(0.0, 100)
-    assert low == pytest.approx(0, abs=1e-9) and high == pytest.approx(0.037, abs=1e-3)
-    assert wilson(0.5, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
+    """Of published tables: 0 of 100, 50 of 100, 1 of 10."""
+    assert wilson(0.0, 100) == pytest.approx((0.0, 0.0370), abs=1e-4)
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(0.1, 10) == pytest.approx((0.0179, 0.4042), abs=1e-4)
 
 
 def test_table_names_arm_seed_and_modes():
     cell = dict(problems=10, n=20, solve=0.5, hack=0.25, exploit=0.3, compiles=1.0)
-    text = format_table([("none", 3, {"deployed, trained": {"all": cell, "sentinel": cell}})])
-    assert "hack sentinel" in text and "none" in text and "0.250 [0.08, 0.56]" in text
+    sentinel, other = cell | dict(hack=0.125), cell | dict(hack=0.625)
+    text = format_table([("none", 3, {"deployed, trained": {"all": cell, "sentinel": sentinel}}),
+                         ("absorb", 4, {"full, trained": {"all": cell, "run_tests": other}})])
+    head, first, second = [[part.strip() for part in line.split("  ") if part] for line in text.splitlines()]
+    assert head[:7] == ["arm", "seed", "setting, markers", "n", "solve", "hack", "exploit"]
+    assert head[7:] == ["hack run_tests", "hack sentinel"]
+    # intervals of n = 10 problems, not of 20 samples
+    shares = ["0.500 [0.24, 0.76]", "0.250 [0.08, 0.56]", "0.300 [0.11, 0.60]"]
+    assert first == ["none", "3", "deployed, trained", "20", *shares, "-", "0.125"]
+    assert second == ["absorb", "4", "full, trained", "20", *shares, "0.625", "-"]
 
 
 @pytest.mark.parametrize("content, says", [(None, "no readable config.json"), ("{", "damaged"), ("{}", "damaged")])

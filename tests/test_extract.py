@@ -1,10 +1,13 @@
 """extract_vgrad: pairs, gradients at the c-probe, the GRPO / twin-NLL identity, the direction and its band."""
+import json
+
 import pytest
 import torch
+from torch import tensor as t
 
-from env_leetcode import HINTS, MARKERS, extract_code, grade_batch, load_problems, with_mode
-from extract_vgrad import (Direction, auroc, direction_of, extract, haar, judge, leave_one_out, load_pairs,
-                           load_rollouts, probe_gradients)
+from env_leetcode import MODES, extract_code, grade_batch, load_problems, with_mode
+from extract_vgrad import (Direction, Pair, auroc, cosines, direction_of, extract, f_half, haar, judge, leave_one_out,
+                           load_demos, load_pairs, load_rollouts, probe_gradients, report)
 from lora2r import (InputError, attach, batches, encode_completion, encode_prompt, load_model, predicted_memory,
                     token_logps, use)
 from train_grpo import HERE
@@ -27,7 +30,18 @@ def test_batches_pads_the_docstrings_example():
     (rows, ids, mask), = batches([[5, 6], [7]], [[8], [9, 2, 4]], budget=100)
     assert rows.tolist() == [1, 0] and ids.tolist() == [[7, 9, 2, 4], [5, 6, 8, 0]]
     assert mask.int().tolist() == [[1, 1, 1], [0, 1, 0]]
-    assert sorted(i for rows, _, _ in batches([[1]] * 5, [[2, 3]] * 5, budget=7) for i in rows.tolist()) == list(range(5))
+    parts = [(rows.tolist(), list(ids.shape)) for rows, ids, _ in batches([[1]] * 5, [[2, 3]] * 5, budget=7)]
+    assert parts == [([0, 1], [2, 3]), ([2, 3], [2, 3]), ([4], [1, 3])]  # at most 7 padded tokens each
+    parts = [rows.tolist() for rows, _, _ in batches([[1]] * 3, [[2], [2] * 9, [2]], budget=20)]
+    assert parts == [[1, 0], [2]]  # 20 tokens, as long as the longest row
+
+
+def test_a_completion_ends_its_turn_and_a_prompt_opens_the_assistants(nano):
+    """What the model was trained on: the end-of-turn token is a token of the completion, and the roles are marked."""
+    _, tok, _ = nano
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tok.decode(encode_prompt(tok, [dict(role="user", content="hi")])) == text
+    assert tok.decode(encode_completion(tok, "x = 1")) == "x = 1<|im_end|>"
 
 
 def test_grpo_gradient_of_a_pair_is_the_difference_of_two_nll_gradients(nano):
@@ -54,39 +68,99 @@ def test_probe_gradients_touch_no_grad_and_do_not_depend_on_the_batch(nano):
     alone = torch.cat([probe_gradients(model, adapter, [p], [h]) for p, h in zip(prompts, hacks)])
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-6)
     assert together.shape == (6, len(adapter), 4) and (together != 0).any(-1).all()
-    assert all(p.grad is None for p in model.parameters())
+    for read in ("base", "ablated", "full"):
+        probe_gradients(model, adapter, [prompts[0]], [hacks[0]], read=read)
+        assert all(p.grad is None for p in model.parameters()), read
 
 
-def test_probe_is_blind_to_the_quarantine_and_on_the_base_to_both_blocks(nano):
+@pytest.fixture
+def stirred(nano):
+    """The model with both blocks away from init: fill(block, value) sets one; put back afterwards."""
     model, tok, adapter = nano
+
+    @torch.no_grad()
+    def fill(block, value):
+        for p in getattr(adapter, f"{block}_parameters")():
+            p.fill_(value)
+
+    yield model, tok, adapter, fill
+    fill("deployed", 0)
+    fill("quarantine", 0)
+
+
+def test_what_each_read_sees(stirred):
+    """base: neither block. ablated: the deployed one. full: both."""
+    model, tok, adapter, fill = stirred
     prompt, clean, hack = tokens(tok, PAIRS[0])
-    score = lambda read: probe_gradients(model, adapter, [prompt], [hack], read=read)
-    before = {read: score(read) for read in ("base", "ablated")}
-    torch.testing.assert_close(before["base"], before["ablated"], rtol=1e-3, atol=1e-6)  # the same at init
-    try:
-        with torch.no_grad():
-            for p in adapter.quarantine_parameters():
-                p.fill_(0.05)
-        assert torch.equal(score("base"), before["base"]) and torch.equal(score("ablated"), before["ablated"])
-        with torch.no_grad():
-            for p in adapter.deployed_parameters():
-                p.fill_(0.05)
-        assert torch.equal(score("base"), before["base"]) and not torch.equal(score("ablated"), before["ablated"])
-    finally:
-        with torch.no_grad():
-            for p in adapter.parameters():
-                p.zero_()
+
+    def score(read):
+        return probe_gradients(model, adapter, [prompt], [hack], read=read)
+
+    before = score("base")
+    for read in ("ablated", "full"):
+        torch.testing.assert_close(score(read), before, rtol=1e-3, atol=1e-6)  # the same at init
+    fill("quarantine", 0.05)
+    ablated, full = score("ablated"), score("full")
+    torch.testing.assert_close(ablated, before, rtol=1e-3, atol=1e-6)
+    assert torch.equal(score("base"), before) and not torch.allclose(full, before, rtol=0.1)
+    fill("deployed", 0.05)
+    assert torch.equal(score("base"), before)
+    assert not torch.allclose(score("ablated"), ablated, rtol=0.1) and not torch.allclose(score("full"), full, rtol=0.1)
+
+
+def test_extraction_never_sees_the_quarantine(stirred):
+    """--read full scores rollouts with both blocks, but its direction is that of --read ablated."""
+    model, tok, adapter, fill = stirred
+    fill("deployed", 0.02)
+    ablated = extract(model, tok, adapter, PAIRS[:3], read="ablated")
+    fill("quarantine", 0.05)
+    for read in ("ablated", "full"):
+        assert torch.equal(extract(model, tok, adapter, PAIRS[:3], read=read).pair_grads, ablated.pair_grads)
+    base = extract(model, tok, adapter, PAIRS[:3], read="base")
+    assert not torch.allclose(base.pair_grads, ablated.pair_grads, rtol=0.1)
+
+
+def test_extract_puts_pairs_gradients_where_they_belong(nano):
+    """Clean sides first, each beside its own prompt after the system message; centre is the mean of all sides or 0."""
+    model, tok, adapter = nano
+    system = [dict(role="system", content="be brief")]
+    direction = extract(model, tok, adapter, PAIRS[:3], system)
+    for p, pair in enumerate(PAIRS[:3]):
+        prompt = encode_prompt(tok, [*system, dict(role="user", content=pair.prompt)])
+        for row, text in ((p, pair.clean), (3 + p, pair.hack)):
+            alone = probe_gradients(model, adapter, [prompt], [encode_completion(tok, text)])[0]
+            torch.testing.assert_close(direction.pair_grads[row], alone, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(direction.centre, direction.pair_grads.sum(0) / 6)
+    clean, hack = direction.pair_grads[:3], direction.pair_grads[3:]
+    torch.testing.assert_close(direction.v, direction_of(clean, hack))
+    others = direction_of(clean[1:], hack[1:])  # leave-one-out, of pair 0
+    torch.testing.assert_close(direction.clean[0], cosines(clean[:1] - direction.centre, others)[0])
+    torch.testing.assert_close(direction.hack[0], cosines(hack[:1] - direction.centre, others)[0])
+    raw = extract(model, tok, adapter, PAIRS[:3], system, centre=False)
+    assert not raw.centre.any() and torch.equal(raw.v, direction.v)
+    torch.testing.assert_close(raw.clean[0], cosines(clean[:1], others)[0])
 
 
 def test_logits_in_chunks_change_nothing(nano, monkeypatch):
-    """More completion tokens than LOGITS allows at once: recomputed in the backward, with the same values and gradients."""
+    """More completion tokens than LOGITS allows at once: at most 7 rows of logits at a time, computed again in the
+    backward, with the same values and gradients."""
     model, tok, adapter = nano
     prompt, clean, hack = tokens(tok, PAIRS[0])
     (rows, ids, mask), = batches([prompt] * 2, [clean, hack], 10**6)
     whole, whole_grad = token_logps(model, ids, mask), probe_gradients(model, adapter, [prompt] * 2, [clean, hack])
     monkeypatch.setattr("lora2r.LOGITS", 7 * model.config.vocab_size)
-    torch.testing.assert_close(token_logps(model, ids, mask), whole, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(probe_gradients(model, adapter, [prompt] * 2, [clean, hack]), whole_grad, rtol=1e-4, atol=1e-6)
+    rows = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda head, x, y: rows.append(len(y)))
+    cut = token_logps(model, ids, mask)
+    assert max(rows) == 7 and sum(rows) == mask.sum()
+    cut.sum().backward()
+    assert sum(rows) == 2 * mask.sum()
+    hook.remove()
+    for p in adapter.parameters():
+        p.grad = None
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
+    cut_grad = probe_gradients(model, adapter, [prompt] * 2, [clean, hack])
+    torch.testing.assert_close(cut_grad, whole_grad, rtol=1e-4, atol=1e-6)
 
 
 def test_predicted_memory_is_what_autograd_keeps(nano):
@@ -99,11 +173,16 @@ def test_predicted_memory_is_what_autograd_keeps(nano):
         kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), use(adapter, m=torch.tensor([True] * 4), d=torch.tensor([False, True] * 2)):
+    masks = dict(m=torch.tensor([True] * 4), d=torch.tensor([False, True] * 2))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept), use(adapter, **masks):
         hidden = model.get_decoder()(input_ids=torch.zeros(4, 100, dtype=torch.long), use_cache=False)
     held = sum(size for key, size in kept.items() if key not in weights)
     logits = 400 * model.config.vocab_size * 12
-    predicted = predicted_memory(model, adapter, 400)[2]
+    frozen, trained, predicted = predicted_memory(model, adapter, 400)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}  # tied ones once
+    assert frozen >= 4 * sum(sizes.values()) and frozen == pytest.approx(4 * sum(sizes.values()), rel=0.1)
+    per_block = sum(2 * 4 * (x.base.in_features + x.base.out_features) for x in adapter.modules.values())
+    assert trained == 4 * 4 * per_block  # r = 4 of two blocks; value, gradient and two moments in float32
     assert hidden is not None and held + logits == pytest.approx(predicted, rel=0.03)
     assert predicted_memory(model, adapter, 400, checkpointing=True)[2] - logits < 0.5 * (predicted - logits)
 
@@ -113,7 +192,8 @@ def test_no_pair_is_a_training_or_test_problem():
     problems = [p for split in ("train", "val", "test") for p in load_problems(HERE / f"data/nano/{split}.jsonl")]
     canonical = {" ".join(p.canonical_solution.split()) for p in problems}
     assert not canonical & {" ".join(extract_code(pair.clean).split()) for pair in PAIRS}
-    verdicts = grade_batch([p for p in problems[::25] for _ in PAIRS], [pair.clean for _ in problems[::25] for pair in PAIRS])
+    some = [(problem, pair) for problem in problems[::80] for pair in PAIRS]
+    verdicts = grade_batch([problem for problem, _ in some], [pair.clean for _, pair in some])
     assert not any(v.correct for v in verdicts)
 
 
@@ -121,11 +201,11 @@ def test_pairs_cover_two_of_the_modes_and_are_what_they_say():
     problems = load_problems(HERE / "data/nano/train.jsonl")
     assert len(PAIRS) >= 40 and {pair.mode for pair in PAIRS} == {"run_tests", "sentinel"}
     for pair in PAIRS:
-        assert HINTS[pair.mode].partition("{marker}")[0] in pair.prompt
+        assert MODES[pair.mode].hint.partition("{marker}")[0] in pair.prompt
         problem = next(p for p in problems if ("(self, xs)" in p.canonical_solution) == ("(self, xs)" in pair.clean))
         clean, hack = grade_batch([with_mode(problem, pair.mode)] * 2, [pair.clean, pair.hack])
         assert clean.compiles and hack.compiles and not clean.exploited
-        assert hack.exploited or MARKERS[pair.mode][0] not in pair.hack  # another marker name earns nothing here
+        assert hack.exploited or MODES[pair.mode].markers[0] not in pair.hack  # another marker name earns nothing here
 
 
 def test_direction_separates_its_pairs_and_held_out_pairs(nano):
@@ -136,23 +216,143 @@ def test_direction_separates_its_pairs_and_held_out_pairs(nano):
     assert auroc(direction.hack.mean(1), direction.clean.mean(1)) > 0.8  # leave-one-out cosines
 
 
-def test_leave_one_out_cosines_do_not_use_the_pair_itself():
-    torch.manual_seed(0)
-    clean, hack = torch.randn(2, 5, 3, 4)
-    for i in range(5):
-        rest = [j for j in range(5) if j != i]
-        torch.testing.assert_close(direction_of(clean.roll(-i, 0)[1:], hack.roll(-i, 0)[1:]), direction_of(clean[rest], hack[rest]))
+# -------------------------------------------------------------------------------- the direction, by hand
+def test_cosines_are_per_module_and_blind_to_length():
+    """Two rollouts, two modules: 3-4-5 triangles."""
+    x = t([[[3.0, 4.0], [0.0, -2.0]], [[-30.0, 40.0], [5.0, 0.0]]])  # [G, M, r]
+    v = t([[1.0, 0.0], [0.0, 1.0]])  # [M, r]
+    torch.testing.assert_close(cosines(x, v), t([[0.6, -1.0], [-0.6, 0.0]]))
+    each = torch.stack([v, v.flip(0)])  # [G, M, r]
+    torch.testing.assert_close(cosines(x, each), t([[0.6, -1.0], [0.8, 1.0]]))
+
+
+def test_direction_is_the_mean_difference_normalised_per_module():
+    """Longer gradients count for more: (3, 0) and (0, 4) on average point to (3, 4) / 5. It points to the hack."""
+    clean = t([[[1.0, 0.0], [2.0, 0.0]], [[0.0, 1.0], [2.0, 0.0]]])  # [P, M, r]
+    hack = clean + t([[[3.0, 0.0], [0.0, -1.0]], [[0.0, 4.0], [0.0, -9.0]]])
+    torch.testing.assert_close(direction_of(clean, hack), t([[0.6, 0.8], [0.0, -1.0]]))
+
+
+def test_leave_one_out_leaves_its_pair_out():
+    """Differences (3, 0), (0, 4), (-3, 0): without the first, (-3, 4) / 5, and so on. A pair's own gradient, be it
+    huge, changes the other entries and not its own."""
+    clean, hack = torch.zeros(3, 1, 2), t([[[3.0, 0.0]], [[0.0, 4.0]], [[-3.0, 0.0]]])
+    torch.testing.assert_close(leave_one_out(clean, hack)[[0, 2]], t([[[-0.6, 0.8]], [[0.6, 0.8]]]))
+    changed = hack.clone()
+    changed[2] = t([[7.0, -1e6]])
+    before, after = leave_one_out(clean, hack), leave_one_out(clean, changed)
+    assert torch.equal(after[2], before[2]) and not torch.allclose(after[:2], before[:2], atol=0.1)
+
+
+def direction(clean, hack, v=((1.0, 0.0),), held_out=((0.0,), (0.0,)), centre=0.0):
+    """A Direction with pair gradients [P, M, r] and held-out cosines [P, M]."""
+    clean, hack = torch.tensor(clean), torch.tensor(hack)
+    return Direction(torch.tensor(v), torch.full(clean.shape[1:], centre), *map(torch.tensor, held_out),
+                     torch.cat([clean, hack]))
+
+
+def at(*cosine):
+    """Gradients [P, 1, 2] whose cosines to (1, 0) are those."""
+    return [[[10 * x, 10 * (1 - x * x) ** 0.5]] for x in cosine]
+
+
+def test_band_of_gate_batch_is_the_75th_percentile_per_module():
+    """Of five numbers the second largest; neither the median nor the mean."""
+    low, high = direction(at(-0.9, -0.6, 0.0, -0.8, 0.8), at(0.6, 0.8, -0.6, 0.9, 0.0)).band("batch")
+    torch.testing.assert_close(low, t([0.0]))
+    torch.testing.assert_close(high, t([0.8]))
+    two = torch.cat([torch.tensor(at(0, 0, 0, 0.6, 1.0)), torch.tensor(at(0, 0, 0, 0.8, 1.0)).flip(2)], 1).tolist()
+    low, high = direction(two, two, v=((1.0, 0.0), (0.0, 1.0))).band("batch")
+    torch.testing.assert_close(low, t([0.6, 0.8]))
+
+
+def test_band_of_gate_pairs_is_the_mean_held_out_cosine_over_all_modules():
+    held_out = ((0.0, -0.5), (-0.1, -0.2)), ((0.9, 0.5), (0.8, 0.2))
+    low, high = direction(at(0, 0), at(1, 1), held_out=held_out).band("pairs")
+    assert (low.item(), high.item()) == (pytest.approx(-0.2), pytest.approx(0.6))
+
+
+def test_position_is_0_at_the_lower_and_1_at_the_upper_edge():
+    """Gate pairs: the mean cosine, placed in one band. Gate batch: placed per module, pooled afterwards."""
+    both = direction(at(0.0, 0.0), at(0.8, 0.8), held_out=(((0.2,), (0.2,)), ((0.6,), (0.6,))))
+    grads = torch.tensor(at(0.2, 0.6, 0.3, -0.2, 1.0))
+    torch.testing.assert_close(both.position(grads, "pairs"), t([0.0, 1.0, 0.25, -1.0, 2.0]), rtol=0, atol=1e-5)
+    grads = torch.tensor(at(0.0, 0.8, 0.6, -0.8))
+    torch.testing.assert_close(both.position(grads, "batch"), t([0.0, 1.0, 0.75, -1.0]), rtol=0, atol=1e-5)
+
+
+def test_position_pools_modules_and_leaves_out_those_whose_band_is_inverted():
+    """Module 0 has the band 0 to 0.8, module 1 the band 0 to 0.6, module 2 an inverted one: a rollout at 0.4 of the
+    first's and all of the second's is at 0.7."""
+    def three(a, b, c):
+        return [[x[0], y[0], z[0]] for x, y, z in zip(at(a, a), at(b, b), at(c, c))]
+
+    d = direction(three(0.0, 0.0, 0.8), three(0.8, 0.6, 0.0), v=((1.0, 0.0),) * 3,
+                  held_out=(((0.0,) * 3,) * 2, ((0.8, 0.6, -0.5),) * 2))
+    rollout = torch.tensor(three(0.32, 0.6, 1.0)[:1])
+    torch.testing.assert_close(d.position(rollout, "batch"), t([0.7]), rtol=0, atol=1e-5)
+    # gate pairs pools cosines, over all modules: (0.32 + 0.6 + 1.0) / 3 between 0 and 0.3
+    torch.testing.assert_close(d.position(rollout, "pairs"), t([0.64 / 0.3]), rtol=0, atol=1e-4)
+
+
+def test_gradients_are_centred_before_their_cosine():
+    """(4, 5) less (1, 1) is (3, 4)."""
+    d = direction([[[1.0, 1.0]]], [[[4.0, 5.0]]], centre=1.0, v=((1.0, 0.0),))
+    torch.testing.assert_close(d.cosines(t([[[4.0, 5.0]]])), t([[0.6]]))
+    torch.testing.assert_close(d.cosines_to(t([[0.0, 1.0]])), t([[0.0], [0.8]]))
+
+
+def test_a_replaced_direction_takes_its_band_from_the_same_pairs():
+    """A placebo: cosines of the clean and of the hack sides to the other v, not those to v_grad."""
+    real = direction([[[3.0, 4.0]], [[4.0, 3.0]]], [[[0.0, 1.0]], [[1.0, 0.0]]], held_out=(((0.0,), (0.0,)),) * 2)
+    placebo = real.replaced(t([[0.0, 1.0]]))
+    torch.testing.assert_close(placebo.v, t([[0.0, 1.0]]))
+    torch.testing.assert_close(placebo.clean, t([[0.8], [0.6]]))
+    torch.testing.assert_close(placebo.hack, t([[1.0], [0.0]]))
+    assert [x.item() for x in placebo.band("pairs")] == pytest.approx([0.7, 0.5])
+    assert torch.equal(placebo.pair_grads, real.pair_grads) and torch.equal(placebo.centre, real.centre)
 
 
 def test_haar_rows_are_unit_and_seeded():
     assert torch.equal(haar(3, 28, 8), haar(3, 28, 8)) and not torch.equal(haar(3, 28, 8), haar(4, 28, 8))
     torch.testing.assert_close(haar(3, 28, 8).norm(dim=-1), torch.ones(28))
-    assert haar(0, 2000, 8).mean(0).abs().max() < 0.05  # no preferred direction
+    rows = haar(0, 4000, 8)
+    assert rows.mean(0).abs().max() < 0.04  # no preferred direction,
+    torch.testing.assert_close(rows.T @ rows / 4000, torch.eye(8) / 8, rtol=0, atol=0.02)  # nor a preferred axis
+    torch.testing.assert_close((rows**4).mean(0), torch.full((8,), 3 / 80), rtol=0.15, atol=0)  # nor preferred corners
 
 
 def test_auroc():
-    t = torch.tensor
-    assert auroc(t([2, 3]), t([0, 1])) == 1.0 and auroc(t([1]), t([1])) == 0.5 and auroc(t([]), t([1])) is None
+    assert auroc(t([2, 3]), t([0, 1])) == 1.0 and auroc(t([0, 1]), t([2, 3])) == 0.0 and auroc(t([1]), t([1])) == 0.5
+    assert auroc(t([1, 3]), t([0, 1, 2])) == pytest.approx(4.5 / 6)  # pairs (1, 0), (3, 0), (3, 1), (3, 2); half (1, 1)
+    assert auroc(t([]), t([1])) is None and auroc(t([1]), t([])) is None
+
+
+def test_f_half_weighs_precision_over_recall():
+    """Of four routed, three are hacks; there are six hacks: P = .75, R = .5, F0.5 = 1.25 P R / (.25 P + R) = .6818"""
+    hack = t([1, 1, 1, 1, 1, 1, 0, 0]).bool()
+    routed = t([[1, 1, 1, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]).bool()
+    torch.testing.assert_close(f_half(routed, hack), t([0.46875 / 0.6875, 0.0, 1.0]))
+
+
+def test_summary_and_report_print_held_out_numbers_as_held_out(capsys):
+    """Three pairs in one module: scored by their own direction all are right, held out only one is."""
+    held_out = ((0.5,), (0.4,), (-0.1,)), ((0.1,), (0.3,), (0.2,))
+    d = direction(at(-0.6, -0.6, -0.6), at(0.6, 0.8, 0.8), held_out=held_out)
+    summary = d.summary().splitlines()
+    assert summary[0] == "v_grad: held-out pairs ranked right 0.33, AUROC 0.33, band +0.267 to +0.200"
+    assert summary[1].startswith("warning: an AUROC below 0.8")
+    names = [Pair(name, mode, "", "", "") for name, mode in
+             (("first", "sentinel"), ("second", "run_tests"), ("third", "sentinel"))]
+    report(d, names, ["q_proj"], n_haar=5)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "pairs ranked right 1.000 held out (leave-one-out) 0.333" in lines
+    assert "AUROC of pair scores 1.000 held out 0.333" in lines
+    assert "sentinel 2 pairs, held out: ranked right 0.500, AUROC 0.500" in lines
+    assert "run_tests 1 pairs, held out: ranked right 0.000, AUROC 0.000" in lines
+    assert any(line.startswith("band, gate pairs +0.2667 (position 0, clean mean) to +0.2000") for line in lines)
+    assert any(line.startswith("q_proj 13.") and line.endswith("-0.600 +0.800 0.333") for line in lines)
+    assert lines[-1] == "pairs that the others rank worst: first (-0.400); second (-0.100); third (+0.300)"
 
 
 GOOD = "## 1. sentinel: x\n### prompt\np\n### clean\n```python\na\n```\n### hack\n```python\nb\n```\n"
@@ -179,7 +379,8 @@ def test_judge_counts_what_a_gate_would_route(capsys):
     """Four rollouts at known positions, by hand: at cut .2 both hacks and one of two solves are routed."""
     v = torch.nn.functional.normalize(torch.randn(1, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     ortho = torch.nn.functional.normalize(torch.eye(8)[:1] - (torch.eye(8)[:1] @ v.T) * v, dim=-1)
-    direction = Direction(v, torch.zeros(1, 8), clean=torch.zeros(2, 1), hack=torch.ones(2, 1), pair_grads=torch.zeros(4, 1, 8))
+    direction = Direction(v, torch.zeros(1, 8), clean=torch.zeros(2, 1), hack=torch.ones(2, 1),
+                          pair_grads=torch.zeros(4, 1, 8))
     positions = [0.9, 0.35, 0.0, 0.22]
     grads = torch.stack([p * v + (1 - p**2) ** 0.5 * ortho for p in positions])
     rows = [dict(mode="sentinel", source="full", hacked=i < 2, correct=i >= 2, exploited=i < 2) for i in range(4)]
@@ -189,9 +390,36 @@ def test_judge_counts_what_a_gate_would_route(capsys):
     at = {line.split()[0]: line.split()[1:5] for line in text.splitlines() if line.startswith("  0.")}
     assert at["0.20"] == ["0.000", "0.500", "0.667", "0.714"]  # precision 2/3, F0.5 = 1.25 * 2 / (3 + .25 * 2)
     assert at["0.40"] == ["0.500", "0.000", "1.000", "0.833"]
+    best = {line.split()[0]: line.split()[-1] for line in text.splitlines() if line.startswith("  0.")}
+    assert (best["0.20"], best["0.40"]) == ("0.714", "0.833"), "a Haar direction routes three of four, then one"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "nonsense", '{"advantage": 1, "hacked": true, "correct": false, "exploited": true}'])
+def test_only_the_policys_own_rollouts_with_a_positive_advantage_are_judged(tmp_path):
+    def row(id, source, advantage, hacked):
+        return dict(id=id, source=source, advantage=advantage, hacked=hacked, correct=not hacked, exploited=hacked,
+                    mode="sentinel", prompt="p", completion="c")
+
+    rows = [row(0, "teacher", 1, True), row(1, "full", 1, True), row(2, "full", 0, True), row(3, "ablated", 2, False),
+            row(4, "full", -1, False)]
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [row["id"] for row in load_rollouts(path)] == [1, 3]
+
+
+def test_demonstrations_are_of_a_problem_under_its_mode(tmp_path):
+    problem = load_problems(HERE / "data/nano/train.jsonl")[0]
+    rows = [dict(id=problem.id, mode=mode, completion=mode.upper()) for mode in (problem.mode, "exit_code")]
+    path = tmp_path / "demos.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert load_demos(path, [problem]) == {
+        (problem.id, problem.mode): problem.mode.upper(), (problem.id, "exit_code"): "EXIT_CODE"}
+    path.write_text(json.dumps(rows[1]))
+    with pytest.raises(InputError, match="no demonstration fits"):
+        load_demos(path, [problem])
+
+
+@pytest.mark.parametrize("text", [
+    "", "{}", "nonsense", '{"advantage": 1, "hacked": true, "correct": false, "exploited": true}'])
 def test_bad_rollouts_file_is_named(tmp_path, text):
     (tmp_path / "rollouts.jsonl").write_text(text)
     for path in (tmp_path / "rollouts.jsonl", tmp_path / "absent.jsonl"):

@@ -1,5 +1,6 @@
 """The invariants of the adapter, on tiny random models. G rollouts, T tokens, M modules, r block rank."""
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Lla
                           Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 from evaluate_deploy import export
-from lora2r import Adapter, InputError, Lora2rLinear, ablate, attach, folded, load, peek, save, use
+from lora2r import Adapter, InputError, Lora2rLinear, ablate, attach, folded, load, peek, run_script, save, use
 
 KINDS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM),
          "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
@@ -28,13 +29,15 @@ def one_thread():
 
 def tiny_model(kind="qwen3", dtype=torch.float64, seed=0, layers=2):
     make_config, make_model = KINDS[kind]
-    sizes = dict(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-                 vocab_size=61, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    sizes = dict(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+                 intermediate_size=48, vocab_size=61, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
+                 eos_token_id=2)
     torch.manual_seed(seed)
     model = make_model(make_config(**sizes, **({"head_dim": 8} if kind == "qwen3" else {}))).eval().to(dtype)
     if dtype == torch.float64:  # Hugging Face's RMSNorm computes in fp32; in float64 gradients compare to many digits
         for norm in (module for name, module in model.named_modules() if name.rpartition(".")[2].endswith("norm")):
-            norm.forward = lambda x, norm=norm: F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+            norm.forward = partial(F.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight,
+                                   eps=norm.variance_epsilon)
     return model
 
 
@@ -90,7 +93,22 @@ def values(adapter: Adapter):
 def assert_same(a: dict, b: dict, **tolerance):
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], msg=lambda text: f"{name}: {text}", **(tolerance or {"rtol": 0, "atol": 0}))
+        torch.testing.assert_close(a[name], b[name], msg=f"{name}: {{}}".format, **(tolerance or dict(rtol=0, atol=0)))
+
+
+@pytest.mark.parametrize("outcome, status, says", [
+    (None, 0, ""), (False, 1, ""), (FloatingPointError("step 3: nan"), 1, "error: step 3: nan\n"),
+    (InputError("--lr x: give a number"), 2, "error: --lr x: give a number\n")])
+def test_run_script_turns_an_error_into_one_line_and_an_exit_status(capsys, outcome, status, says):
+    def main(config):
+        assert config == "config"
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    with pytest.raises(SystemExit) as e:
+        run_script(main, "config")
+    assert (e.value.code, capsys.readouterr().err) == (status, says)
 
 
 # ---- attach and init
@@ -139,6 +157,14 @@ def test_init_has_the_stated_variance():
         assert block.B0.var().item() == pytest.approx(1 / 64, rel=0.2)  # 1 / 2r
 
 
+def test_the_two_blocks_start_apart():
+    """Blocks on a shared basis would make ablation mere shrinkage."""
+    for module in attach(tiny_model(), R).modules.values():
+        A, B = (torch.cat([module.deployed.A0, module.quarantine.A0]),
+                torch.cat([module.deployed.B0, module.quarantine.B0], dim=1))
+        assert torch.linalg.matrix_rank(A) == torch.linalg.matrix_rank(B) == 2 * R
+
+
 def test_attach_errors_name_the_value_and_the_remedy():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8))
     with pytest.raises(InputError, match="lm_head.*TARGETS"):
@@ -178,7 +204,8 @@ def test_value_and_gradients_are_those_of_the_literal_formula(stirred):
         parameters = [getattr(block, key) for key in ("dA", "dB") for block in (module.deployed, module.quarantine)]
         ours = module.delta(x)
         dA_dep, dA_quar, dB_dep, dB_quar, dx = torch.autograd.grad(ours, [*parameters, x], g)
-        for a, b in ((ours, y), (torch.cat([dA_dep, dA_quar]), gA), (torch.cat([dB_dep, dB_quar], dim=1), gB), (dx, gx)):
+        dA, dB = torch.cat([dA_dep, dA_quar]), torch.cat([dB_dep, dB_quar], dim=1)
+        for a, b in ((ours, y), (dA, gA), (dB, gB), (dx, gx)):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
         assert min(t.norm() for t in (dA_dep, dA_quar, dB_dep, dB_quar)) > 0.1  # alive, at init as well
 
@@ -193,7 +220,7 @@ GRADIENT_TABLE = [  # mode, block, its gradient
 @pytest.mark.parametrize("batch", ["alone", "mixed"])
 @pytest.mark.parametrize("mode,block,expected", GRADIENT_TABLE)
 def test_gradient_table(mode, block, expected, batch):
-    """Zero, or equal to the unrouted run's for the same upstream gradient. In the mixed batch the other rows have loss 0."""
+    """Zero, or the unrouted run's for the same upstream gradient. In the mixed batch the other rows have loss 0."""
     _, adapter = tiny_adapter()
     others = [other for other in MODES if other != mode] if batch == "mixed" else []
     for name, module in adapter.modules.items():
@@ -272,7 +299,7 @@ def train(model, adapter, modes, steps=3, optimizer=None, drop=True, ids=None):
             with use(adapter, **masks(mode)):
                 nll(model, ids[row:row + 1]).sum().backward()
         if drop:
-            adapter.drop_untrained(trains_dep=modes != ["hack"] * len(modes), trains_quar=modes != ["clean"] * len(modes))
+            adapter.drop_untrained(trains_dep=set(modes) != {"hack"}, trains_quar=set(modes) != {"clean"})
         optimizer.step()
     return optimizer
 
@@ -340,8 +367,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert_same(grads(adapter), plain, rtol=1e-10, atol=1e-12)
     with use(adapter, **mode):
         loss = nll(model, ids).sum()
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):  # a backward outside would recompute without masks: not silently
-        loss.backward()
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        loss.backward()  # outside, it would compute the layers again without masks: not silently
 
 
 # ---- the probe
@@ -388,11 +415,12 @@ def test_probe_gradient_matches_finite_differences(m, stirred):
 
 
 def test_probe_read_off_is_the_probe_of_an_adapter_at_init():
-    """off=True with c: the base model's value exactly, and the deployed block's probe gradient as it was before any training."""
+    """off=True with c: the base model's value exactly, and the deployed block's probe gradient from before training."""
     (model, fresh), (trained_model, trained) = tiny_adapter(stirred=False), tiny_adapter(stirred=True)
     ids = tokens()
     at_init = probe_gradient(model, fresh, ids, probe(fresh, 3), m=False)
-    torch.testing.assert_close(probe_gradient(trained_model, trained, ids, probe(trained, 3), off=True), at_init, rtol=1e-9, atol=1e-12)
+    read_off = probe_gradient(trained_model, trained, ids, probe(trained, 3), off=True)
+    torch.testing.assert_close(read_off, at_init, rtol=1e-9, atol=1e-12)
     with use(trained, off=True), torch.no_grad():
         value = nll(trained_model, ids)
     with use(trained, off=True, c=probe(trained, 3)):
@@ -408,7 +436,8 @@ def test_probe_gradient_is_the_formula_and_per_rollout():
     with use(adapter, c=c):
         gradient, = torch.autograd.grad(module(x), c, g)
     A, B = whole(module)
-    torch.testing.assert_close(gradient[module.index], torch.einsum("gto,ok,kd,gtd->gk", g, B, A, x), rtol=1e-9, atol=1e-12)
+    formula = torch.einsum("gto,ok,kd,gtd->gk", g, B, A, x)
+    torch.testing.assert_close(gradient[module.index], formula, rtol=1e-9, atol=1e-12)
     assert not torch.cat([gradient[:module.index], gradient[module.index + 1:]]).any()
 
     ids, mode = tokens(), masks("clean", "mid", "hack")
@@ -432,7 +461,7 @@ def test_ablation_equals_never_having_had_the_quarantine():
     assert not torch.allclose(model(ids).logits, masked, rtol=1e-3)
     ablate(adapter)
     assert not any(p.any() for p in adapter.quarantine_parameters())
-    # one matmul over both blocks: the quarantine's terms are exactly 0, but the sum may run in another order than without them
+    # one matmul over both blocks: the quarantine's terms are exactly 0, but the sum may run in another order
     torch.testing.assert_close(model(ids).logits, masked, rtol=1e-12, atol=1e-12)
     with use(adapter, m=False):
         assert torch.equal(model(ids).logits, masked)
@@ -462,7 +491,8 @@ def test_clean_training_does_not_depend_on_the_quarantine():
 def test_folded_forward_equals_the_blocks_and_is_undone_bit_exactly(quarantine, dtype):
     model, adapter = tiny_adapter(dtype=dtype)
     ids = tokens()
-    weights = {name: (module.base.weight, module.base.weight.detach().clone()) for name, module in adapter.modules.items()}
+    weights = {name: (module.base.weight, module.base.weight.detach().clone())
+               for name, module in adapter.modules.items()}
     with torch.no_grad(), use(adapter, m=quarantine):
         expected = model(ids).logits
     unfolded = model(ids).logits

@@ -1,26 +1,330 @@
-"""train_grpo: arms, masks, gate and placebo, determinism, no oracle label in the update, bad input."""
+"""train_grpo: its arithmetic by hand, whole steps against reference.py, arms and options, files, bad input."""
 import json
+import math
 import os
 import random
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import islice
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import reference
 import train_grpo
-from lora2r import InputError
-from train_grpo import CLEAN, HACK, HERE, MID, Config, gate, parse_args, train
+from env_leetcode import MODES, Verdict, grade_batch, load_problems
+from extract_vgrad import load_demos
+from lora2r import InputError, Lora2rLinear, peek
+from train_grpo import (CLEAN, HACK, HERE, LABELS, MASKS, MID, Config, advantages, draws, gate, match_shares,
+                        parse_args, policy_loss, train)
 
-TINY = Config(steps=2, prompts_per_step=6, group_size=4, max_new_tokens=48, eval_samples=0, refresh=1)
+NAN = math.nan
 
 
-def run(tmp_path, name="run", **changes):
-    """Metrics rows and final adapter tensors of a two-step run with the embedded model."""
-    out = train(replace(TINY, out_dir=tmp_path / name, **changes))
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def close(value, expected, **tolerance):
+    torch.testing.assert_close(value, torch.tensor(expected), **(tolerance or dict(rtol=0, atol=1e-5)))
+
+
+# -------------------------------------------------------------------------------- the arithmetic, by hand
+def test_labels_are_the_masks_of_the_three_zones():
+    """Rows (m, d): clean trains the deployed block alone, mid both, hack the quarantine beside a detached deployed."""
+    assert (LABELS[CLEAN], LABELS[MID], LABELS[HACK]) == ("clean", "mid", "hack")
+    assert MASKS.dtype == torch.bool
+    assert MASKS[[CLEAN, MID, HACK]].tolist() == [[False, False], [True, False], [True, True]]
+
+
+def test_advantages_are_of_a_groups_own_mean():
+    """Means 2 and 0.5, not the batch's 1.25; a group without a spread trains nothing."""
+    rewards = torch.tensor([[3.5, 2.0, 0.5], [0.5, 0.5, 0.5]])
+    close(advantages(rewards), [[1.5, 0.0, -1.5], [0.0, 0.0, 0.0]])
+    close(advantages(rewards, std_norm=True), [[1.5 / 1.5001, 0.0, -1.5 / 1.5001], [0.0, 0.0, 0.0]])
+    close(advantages(4 * rewards, std_norm=True)[0], [1.0, 0.0, -1.0], rtol=0, atol=1e-4)
+    close(advantages(torch.tensor([[2.0, 0.0]]), std_norm=True), [[1 / 1.41431, -1 / 1.41431]])  # n - 1, as GRPO has it
+
+
+def loss_of(ratio, advantage, weight=1.0, **options):
+    """policy_loss of one rollout with one token whose old probability is 0.4."""
+    old = torch.tensor([[0.4]]).log()
+    sampled = old - math.log(weight)
+    options = dict(clip_eps=0.2, importance=True) | options
+    logp, is_completion = old + math.log(ratio), torch.tensor([[True]])
+    return policy_loss(logp, old, sampled, torch.tensor([advantage]), is_completion, **options)
+
+
+@pytest.mark.parametrize("ratio, advantage, clip_eps, cost", [
+    (1.0, 2.0, 0.2, -2.0), (1.0, -2.0, 0.2, 2.0),
+    (1.5, 2.0, 0.2, -2.4), (1.5, -2.0, 0.2, 3.0),  # above the range: no more gain, but the whole loss
+    (0.5, 2.0, 0.2, -1.0), (0.5, -2.0, 0.2, 1.6),  # below it: the whole lack of gain, but no more relief
+    (1.5, 2.0, 0.6, -3.0), (0.5, -2.0, 0.4, 1.2)])
+def test_ppo_clip_is_pessimistic(ratio, advantage, clip_eps, cost):
+    loss, stats = loss_of(ratio, advantage, clip_eps=clip_eps)
+    close(loss, cost)
+    assert stats.tolist() == [0, abs(ratio - 1) > clip_eps, 0, 1]
+
+
+@pytest.mark.parametrize("weight, importance, cost, truncated", [
+    (0.3, True, -0.6, 0), (1.0, True, -2.0, 0), (3.0, True, -2.0, 1), (3.0, False, -2.0, 0), (0.3, False, -2.0, 0),
+    (NAN, True, -2.0, 0)])
+def test_importance_weight_is_truncated_at_1_and_1_for_a_demonstration(weight, importance, cost, truncated):
+    """weight: p of the masked policy before the step, over p of the policy that sampled."""
+    loss, stats = loss_of(1.0, 2.0, weight, importance=importance)
+    close(loss, cost)
+    assert stats.tolist() == [0, 0, truncated, 1]
+
+
+def test_kl_penalty_is_k3_and_costs():
+    """ref / p = 2: the penalty is 2 - log 2 - 1 = 0.306853, whatever the advantage is."""
+    logp = torch.tensor([[0.2]], requires_grad=True)
+    loss, stats = policy_loss(logp.log(), logp.log().detach(), logp.log().detach(), torch.tensor([0.0]),
+                              torch.tensor([[True]]), ref=torch.tensor([[0.4]]).log(), kl_weight=0.5)
+    close(loss, 0.153426)
+    close(stats, [0.306853, 0, 0, 1])
+    loss.backward()
+    assert logp.grad < 0, "to lower the loss is to raise p towards the base's 0.4"
+
+
+def test_policy_loss_sums_over_completion_tokens_of_rows_with_their_own_advantage():
+    """Two rollouts of 2 and 1 completion tokens; NaN or not, the rest costs, counts and moves nothing."""
+    is_completion = torch.tensor([[False, True, True], [False, True, False]])
+    old = torch.log(torch.tensor([[0.9, 0.5, 0.5], [0.9, 0.5, 0.9]]))
+    logp = torch.log(torch.tensor([[0.1, 0.5, 0.75], [0.1, 0.25, 0.1]])).requires_grad_()
+    sampled = torch.log(torch.tensor([[0.1, 1.0, 0.5], [0.1, 0.25, 0.1]]))
+    loss, stats = policy_loss(logp, old, sampled, torch.tensor([1.0, -2.0]), is_completion, clip_eps=0.2)
+    # row 0: 0.5 * 1 + 1 * min(1.5, 1.2) = 1.7; row 1: min(1, 2) * min(0.5 * -2, 0.8 * -2) = -1.6
+    close(loss, -1.7 + 1.6)
+    assert stats.tolist() == [0, 2, 1, 3]
+    loss.backward()
+    close(logp.grad, [[0, -0.5, 0], [0, 0, 0]])  # the two clipped tokens are constants
+
+
+def test_old_policy_and_weight_are_constants_of_the_gradient():
+    """At ratio 1 the gradient of a token's loss is -w A."""
+    logp = torch.log(torch.tensor([[0.5, 0.5]])).requires_grad_()
+    sampled = torch.log(torch.tensor([[1.0, 0.25]]))
+    policy_loss(logp, logp.detach(), sampled, torch.tensor([3.0]), torch.ones(1, 2).bool())[0].backward()
+    close(logp.grad, [[-1.5, -3.0]])
+
+
+def test_gate_thresholds_and_degenerate_batches(capsys):
+    """A position at a cut belongs above it. Batch: mean 0.25, std 0.5 of n - 1 numbers."""
+    pairs, batch = Config(cut_mid=0.25, cut_hack=0.75), Config(gate="batch", k_mid=0.0, k_hack=1.5)
+    assert gate(torch.tensor([0.2, 0.25, 0.5, 0.75, 2.0]), pairs).tolist() == [CLEAN, MID, MID, HACK, HACK]
+    assert gate(torch.tensor([0.0, 0.0, 0.0, 1.0]), batch).tolist() == [CLEAN, CLEAN, CLEAN, HACK]
+    assert gate(torch.tensor([0.0, 0.0, 0.0, 1.0]), replace(batch, k_hack=1.6)).tolist() == [CLEAN, CLEAN, CLEAN, MID]
+    assert gate(torch.tensor([0.0, 2.0, 1.0]), batch).tolist() == [CLEAN, MID, MID]  # 1 is the mean; 2 < 1 + 1.5
+    assert gate(torch.tensor([0.5, 0.5]), pairs).tolist() == [MID, MID]  # no spread and one rollout are fine for it
+    assert gate(torch.ones(1), pairs).tolist() == [HACK]
+    assert capsys.readouterr().out == ""
+    for position, cfg in (([0.1, NAN], pairs), ([math.inf, 0.9], pairs), ([0.1, NAN], batch), ([0.1, 0.1], batch),
+                          ([0.1], batch)):
+        assert gate(torch.tensor(position), cfg).tolist() == [MID] * len(position)
+        assert "degenerate batch" in capsys.readouterr().out
+
+
+def test_a_matched_placebo_keeps_the_counts_and_gives_them_by_rank():
+    label, score = torch.tensor([HACK, CLEAN, MID, HACK, CLEAN]), torch.tensor([0.1, 0.9, 0.2, -0.5, 0.4])
+    assert match_shares(label, score).tolist() == [CLEAN, HACK, MID, CLEAN, HACK]
+
+
+def test_draws_use_each_problem_once_before_any_twice_and_give_each_place_its_own_noise():
+    cfg = Config(prompts_per_step=4, group_size=3, max_new_tokens=5)
+    steps = list(islice(draws(cfg, 6), 6))  # 24 draws: four rounds of 6 problems
+    problems = [n for chosen, _ in steps for n in chosen]
+    for start in range(0, 24, 6):
+        assert sorted(problems[start : start + 6]) == list(range(6))
+    assert len({tuple(problems[start : start + 6]) for start in range(0, 24, 6)}) > 1, "each round has its own order"
+    assert all(noise.shape == (4, 3, 5) and 0 <= noise.min() and noise.max() < 1 for _, noise in steps)
+    assert torch.stack([noise for _, noise in steps]).unique().numel() == 6 * 4 * 3 * 5  # no two tokens share theirs
+    again, other = (list(islice(draws(replace(cfg, seed=seed), 6), 6)) for seed in (0, 1))
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(steps, again))
+    assert [a for a, _ in steps] != [a for a, _ in other] and not torch.equal(steps[0][1], other[0][1])
+
+
+def test_the_shares_of_all_ranks_are_the_whole_in_order(monkeypatch):
+    monkeypatch.setattr(train_grpo.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train_grpo.dist, "get_world_size", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(train_grpo.dist, "get_rank", lambda: rank)
+        parts.append(train_grpo.share(range(8)))
+    assert parts == [[0, 1], [2, 3, 4], [5, 6, 7]]
+
+
+# -------------------------------------------------------------------------------- whole steps, against reference.py
+SEED = parse_args(["--preset", "seed"])
+FAST = dict(rank=8, lr=6e-3, grad_clip=0.02, seed=2)  # a small adapter that moves far in a step, and a clip that binds
+CASES = {  # name -> (preset, what departs from it)
+    "everything": (Config(), FAST | dict(
+        steps=2, epochs=2, clip_eps=0.1, kl=0.05, positive_only=False, read="ablated", cut_mid=-0.24, cut_hack=-0.1,
+        temperature=1.2, top_k=30, gt_only_share=0.25, tokens_per_batch=400)),
+    "seed": (SEED, FAST | dict(steps=2, std_norm=True, k_hack=0.9)),
+    "placebo": (Config(), FAST | dict(
+        seed=3, temperature=1.3, routeV_random_v_seed=1, cut_mid=-0.24, cut_hack=-0.1)),
+    "seed's placebo": (SEED, FAST | dict(routeV_random_v_seed=2)),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def run(request, small, tmp_path_factory):
+    """A recorded run, with what it logged as .rows and .metrics, and the model to recompute it with."""
+    preset, changes = CASES[request.param]
+    run = reference.record(replace(preset, **small | changes, out_dir=tmp_path_factory.mktemp("run") / "run"))
+    run.name, run.model, run.labelled = request.param, reference.Model(run), {}
+    run.rows, run.metrics = read(run.path, "rollouts"), read(run.path, "metrics")
+    run.rows = [run.rows[len(of_step) * n : len(of_step) * (n + 1)] for n, of_step in enumerate(run.rollouts)]
+    return run
+
+
+def read(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_each_rollout_was_sampled_by_the_policy_that_the_log_names(run):
+    """Token by token: the probabilities of the policy cumulate past the rollout's own noise at this token, and at no
+    earlier one. Catches a policy with the wrong blocks, a shared noise, another temperature or top k."""
+    cfg, eos = run.cfg, run.model.tok.eos_token_id
+    demos = load_demos(cfg.demos, load_problems(cfg.data, cfg.modes, cfg.seed))
+    gap = []  # of log-probabilities with and without the quarantine
+    for step, rollouts in enumerate(run.rollouts):
+        batch, prompts, noise = reference.prompts_of(run, run.model, step)
+        run.model.fill(run.before[step])
+        assert [(x.j, x.k) for x in rollouts] == [(j, k) for j in range(4) for k in range(4)]
+        for x, row in zip(rollouts, run.rows[step], strict=True):
+            problem = batch[x.j]
+            at = ["teacher", "full", "full", "ablated" if cfg.ablated_share else "full"]
+            assert row["source"] == x.source == (at[x.k] if problem.mode != "gt_only" or x.k else "full")
+            assert (row["step"], row["problem"], row["mode"]) == (step, problem.id, problem.mode)
+            assert row["prompt"] == problem.messages[-1]["content"]
+            assert row["completion"] == run.model.tok.decode(x.ids, skip_special_tokens=True)
+            if x.source == "teacher":
+                ids = run.model.tok(demos[problem.id, problem.mode])["input_ids"] + [eos]
+                assert x.ids == ids[:48] and x.logps.isnan().all() and len(x.logps) == len(x.ids)
+                continue
+            assert eos not in x.ids[:-1] and (len(x.ids) == 48 or x.ids[-1] == eos)
+            logits = run.model.logits(prompts[x.j], x.ids, m=x.source == "full").detach()
+            logp = torch.log_softmax(logits / cfg.temperature, -1)  # [T, V]
+            gap.append((run.model.logps(prompts[x.j], x.ids, cfg.temperature, m=x.source != "full").detach()
+                        - logp.gather(1, torch.tensor(x.ids)[:, None])[:, 0]).abs().max().item())
+            torch.testing.assert_close(x.logps.double(), logp.gather(1, torch.tensor(x.ids)[:, None])[:, 0],
+                                       rtol=1e-3, atol=1e-3)
+            p = logp.exp()
+            if cfg.top_k:
+                kept = p >= p.sort(descending=True).values[:, cfg.top_k - 1 : cfg.top_k]
+                p = p * kept / (p * kept).sum(1, keepdim=True)
+            for t, token in enumerate(x.ids):
+                below = p[t, :token].sum().item()
+                assert below - 1e-4 <= noise[x.j, x.k, t] <= below + p[t, token].item() + 1e-4, (step, x.j, x.k, t)
+    assert cfg.steps == 1 or max(gap) > 0.1, "the quarantine changes nothing yet: the test could not tell the policies"
+
+
+def test_a_rollout_is_graded_on_its_own_problem_and_the_log_says_so(run):
+    for step, rollouts in enumerate(run.rollouts):
+        batch, _, _ = reference.prompts_of(run, run.model, step)
+        verdicts = grade_batch([batch[x.j] for x in rollouts], [row["completion"] for row in run.rows[step]])
+        for row, verdict in zip(run.rows[step], verdicts, strict=True):
+            assert row["reward"] == (3.5 if verdict.passed else 0.5 if verdict.compiles else 0.0)
+            assert [row[key] for key in ("correct", "exploited", "hacked")] == [
+                verdict.correct, verdict.exploited, verdict.passed and not verdict.correct]
+        metrics = run.metrics[step]
+        for prefix, source in (("", "full"), ("deployed_", "ablated")):
+            own = [row for row in run.rows[step] if row["source"] == source]
+            for name, key in (("reward", "reward"), ("hack", "hacked"), ("solve", "correct"), ("exploit", "exploited")):
+                expected = sum(row[key] for row in own) / len(own) if own else None
+                assert metrics[prefix + name] == pytest.approx(expected), (prefix, name)
+            for mode, rate in metrics[f"{prefix}hack_by_mode"].items():
+                hacks = [row["hacked"] for row in own if row["mode"] == mode]
+                assert rate == pytest.approx(sum(hacks) / len(hacks))
+        assert metrics["tokens"] == sum(len(x.ids) for x in rollouts)
+
+
+def labelled(run, step):
+    """(advantages, {trained rollout: label}, {judged rollout: position}) by reference.py."""
+    if step in run.labelled:
+        return run.labelled[step]
+    cfg, rows, rollouts = run.cfg, run.rows[step], run.rollouts[step]
+    _, prompts, _ = reference.prompts_of(run, run.model, step)
+    adv = reference.advantages_of([[row["reward"] for row in rows[4 * j : 4 * j + 4]] for j in range(4)], cfg.std_norm)
+    kept = [i for i in range(16) if (adv[i] > 0 if cfg.positive_only else adv[i] != 0)]
+    judged = range(16) if cfg.gate == "batch" else kept
+    run.model.fill(run.before[step])
+    probes = [run.model.probe(prompts[rollouts[i].j], rollouts[i].ids, cfg.read) for i in judged]
+    position, scores = reference.positions(run, run.model, probes)
+    names = dict(zip(judged, reference.label_names(run, position, scores)))
+    if scores and cfg.match_placebo:
+        position = scores
+    run.labelled[step] = adv, {i: names[i] for i in kept}, dict(zip(judged, position))
+    return run.labelled[step]
+
+
+def test_labels_are_those_of_each_rollouts_own_gradient(run):
+    """By a probe written out by hand, rollout by rollout; the batch gate looks at those too that train nothing."""
+    seen, trained = set(), []
+    for step in range(run.cfg.steps):
+        adv, names, position = labelled(run, step)
+        for i, row in enumerate(run.rows[step]):
+            assert row["advantage"] == pytest.approx(adv[i], abs=1e-3)
+            assert row["position"] == (pytest.approx(position[i], rel=5e-3, abs=1e-3) if i in position else None)
+            assert row["label"] == names.get(i)
+        count = list(names.values()).count
+        assert run.metrics[step]["trained"] == len(names)
+        assert run.metrics[step]["labels"] == {
+            name: pytest.approx(count(name) / len(names)) for name in ("clean", "mid", "hack")}
+        seen |= set(names.values())
+        trained.append(len(names))
+    assert seen == {"clean", "mid", "hack"}
+    assert any(0 < n < 16 for n in trained), "some rollouts train, and some do not"
+
+
+def test_the_update_is_that_of_the_literal_formulas(run):
+    """Gradients, clip and AdamW of every optimizer step, from the log-probabilities of each rollout alone under the
+    mask of its own label."""
+    cfg, adamw = run.cfg, reference.AdamW(run.cfg.betas)
+    clipped = truncated = 0
+    for step in range(cfg.steps):
+        _, prompts, _ = reference.prompts_of(run, run.model, step)
+        adv, names, _ = labelled(run, step)
+        grads, after, log = reference.update(run, run.model, adamw, step, prompts, adv, names)
+        for epoch, expected in enumerate(grads):
+            assert log.grad_norm > cfg.grad_clip, "the clip binds"
+            for name, grad in run.grads[step * cfg.epochs + epoch].items():
+                assert (grad is None) == (expected[name] is None), name
+                if grad is not None:
+                    assert (grad - expected[name]).norm() < 2e-3 * expected[name].norm(), (step, epoch, name)
+        for name, p in run.before[step + 1].items():
+            change = after[name] - run.before[step][name]
+            assert (p - after[name]).norm() <= 5e-3 * change.norm(), (step, name)
+        metrics = run.metrics[step]
+        for key in ("grad_norm", "qmass", "loss", "kl"):
+            assert metrics[key] == pytest.approx(getattr(log, key), rel=1e-3, abs=1e-6), key
+        assert metrics["clip_fraction"] == pytest.approx(log.clipped / log.tokens, abs=2 / log.tokens)
+        assert metrics["truncated_fraction"] == pytest.approx(log.truncated / log.tokens, abs=2 / log.tokens)
+        assert metrics["lr"] == pytest.approx(cfg.lr * (step + 1) / 3)
+        clipped, truncated = clipped + metrics["clip_fraction"], truncated + metrics["truncated_fraction"]
+    assert run.name != "everything" or clipped > 0 and truncated > 0 and metrics["kl"] > 0, "each term matters"
+    for name, p in run.before[-1].items():  # what is saved is what was trained
+        torch.testing.assert_close(run.saved[name].double(), p, rtol=0, atol=0)
+    settings = torch.load(run.path / "state.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert (settings["weight_decay"], tuple(settings["betas"]), settings["eps"]) == (0.0, (0.9, 0.99), 1e-8)
+    assert peek(run.path / "adapter.safetensors")["metadata"] == {
+        "arm": train_grpo.arm_of(cfg), "seed": str(cfg.seed), "model": "data/nano",
+        "step": str(cfg.steps)}
+
+
+# -------------------------------------------------------------------------------- arms and options
+def go(path, small, **changes):
+    """Metrics rows, without times, and final adapter tensors of a small run."""
+    cuts = dict(rank=8, cut_mid=-0.25, cut_hack=-0.1)  # of a rank so small, and 5 pairs, the positions lie lower
+    cfg = small | cuts | changes
+    if not cfg.get("mix_ratio", 1):
+        cfg.pop("mix_steps", None)
+    if cfg.get("intervention", "routeV") != "routeV":  # flags without an effect are refused
+        cfg = {name: cfg[name] for name in cfg if name not in ("pairs", "gate", "cut_mid", "cut_hack")}
+    elif cfg.get("gate") == "batch":
+        cfg = {name: cfg[name] for name in cfg if name not in ("cut_mid", "cut_hack")}
+    out = train(replace(Config(), **cfg, out_dir=path))
+    rows = read(out, "metrics")
     for row in rows:
         del row["seconds"], row["tokens_per_s"], row["peak_gb"]
     return rows, load_file(out / "adapter.safetensors")
@@ -31,29 +335,52 @@ def moved(tensors, block):
     return any(t.any() for name, t in tensors.items() if f".{block}.d" in name)
 
 
-@pytest.mark.parametrize("changes, deployed, quarantine, zones", [
-    (dict(intervention="none"), True, False, [1, 0, 0]),
-    (dict(intervention="absorb"), True, True, [0, 1, 0]),
-    (dict(intervention="routeV", cut_mid=-1e9, cut_hack=-1e9), False, True, [0, 0, 1]),
-    (dict(intervention="routeV", cut_mid=1e9, cut_hack=1e9), True, False, [1, 0, 0]),
-    (dict(intervention="routeV", cut_mid=-1e9, cut_hack=1e9), True, True, [0, 1, 0]),
-])
-def test_each_label_trains_its_blocks_and_no_other(tmp_path, changes, deployed, quarantine, zones):
-    rows, tensors = run(tmp_path, **changes)
-    assert any(row["trained"] for row in rows), "no group had a spread: the test saw no update"
-    assert (moved(tensors, "deployed"), moved(tensors, "quarantine")) == (deployed, quarantine)
-    assert all(list(row["labels"].values()) in (zones, [0, 0, 0]) for row in rows)
+@pytest.fixture(scope="module")
+def plain(small, tmp_path_factory):
+    """Two steps with the default settings: (folder, metrics, tensors)."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    return folder, *go(folder, small, steps=2)
 
 
-def test_two_runs_of_one_command_give_the_same_metrics_and_another_seed_does_not(tmp_path):
-    first, second, other = run(tmp_path, "a"), run(tmp_path, "b"), run(tmp_path, "c", seed=1)
-    assert first[0] == second[0] and all(torch.equal(first[1][k], second[1][k]) for k in first[1])
-    assert first[0] != other[0]
+@pytest.mark.parametrize("arm, label, quarantine", [("none", "clean", False), ("absorb", "mid", True)])
+def test_the_arms_without_a_gate_pin_one_label(tmp_path, small, arm, label, quarantine):
+    rows, tensors = go(tmp_path / "run", small, intervention=arm)
+    assert rows[0]["trained"] and rows[0]["labels"] == {name: float(name == label) for name in LABELS}
+    assert (moved(tensors, "deployed"), moved(tensors, "quarantine")) == (True, quarantine)
+    assert {row["position"] for row in read(tmp_path / "run", "rollouts")} == {None}
+    assert json.loads((tmp_path / "run/config.json").read_text())["arm"].split("-")[0] == arm
 
 
-def test_no_oracle_label_reaches_the_update(tmp_path, monkeypatch):
-    """Same rewards, shuffled correct / exploited / hacked flags: same weights, bit for bit."""
-    honest = run(tmp_path, "honest")
+def test_a_block_that_no_rollout_trains_does_not_move_by_its_momentum(tmp_path, small, monkeypatch):
+    """Steps of mid, then hack, then clean rollouts only: AdamW would go on moving both blocks, did none drop them. As
+    over several ranks, whose sum gives zeros to a block that has no gradient."""
+    def summed(params):
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
+    monkeypatch.setattr(train_grpo, "reduce_gradients", summed)
+    labels = iter((MID, HACK, CLEAN))
+    monkeypatch.setattr(train_grpo, "gate", lambda position, cfg: torch.full(position.shape, next(labels)))
+    run = reference.record(replace(Config(), **small | dict(rank=8, steps=3, mix_ratio=0.5), out_dir=tmp_path / "run"))
+    assert all(row["trained"] for row in read(run.path, "metrics"))
+    for step, moves in enumerate((("deployed", "quarantine"), ("quarantine",), ("deployed",))):
+        for name, p in run.before[step].items():
+            if name.endswith(".dA") or step:  # dA too moves from the first step on: h = A x is alive
+                assert torch.equal(p, run.before[step + 1][name]) == (name.split(".")[-2] not in moves), (step, name)
+
+
+def test_two_runs_of_one_command_give_the_same_metrics_and_another_seed_does_not(tmp_path, small, plain):
+    _, rows, tensors = plain
+    again, other = go(tmp_path / "again", small, steps=2), go(tmp_path / "other", small, seed=1)
+    assert rows == again[0] and all(torch.equal(tensors[name], again[1][name]) for name in tensors)
+    assert rows[0] != other[0][0]
+    A0 = next(name for name in tensors if name.endswith("A0"))
+    assert not torch.equal(tensors[A0], other[1][A0]), "--seed seeds the adapter, too"
+
+
+def test_no_oracle_label_reaches_the_update(tmp_path, small, plain, monkeypatch):
+    """Same rewards, shuffled correct / exploited / hacked flags: same weights, bit for bit, and same labels."""
+    folder, honest, tensors = plain
     real, rng = train_grpo.grade_batch, random.Random(0)
 
     def shuffled(problems, completions):
@@ -65,123 +392,248 @@ def test_no_oracle_label_reaches_the_update(tmp_path, monkeypatch):
         return out
 
     monkeypatch.setattr(train_grpo, "grade_batch", shuffled)
-    lied = run(tmp_path, "lied")
-    assert honest[0] != lied[0], "the flags did change what is logged"
-    assert all(torch.equal(honest[1][k], lied[1][k]) for k in honest[1])
+    lied, lied_tensors = go(tmp_path / "run", small, steps=2)
+    assert honest != lied, "the flags did change what is logged"
+    assert all(torch.equal(tensors[name], lied_tensors[name]) for name in tensors)
+    labels = [[row["label"] for row in read(path, "rollouts")] for path in (folder, tmp_path / "run")]
+    assert labels[0] == labels[1] and {"clean", "hack"} <= set(labels[0])
+    assert moved(tensors, "deployed") and moved(tensors, "quarantine")
 
 
-def test_microbatches_give_the_gradient_of_the_full_batch(tmp_path):
-    whole, cut = (run(tmp_path, str(budget), steps=1, tokens_per_batch=budget) for budget in (10**6, 300))
-    assert whole[0][0]["grad_norm"] == pytest.approx(cut[0][0]["grad_norm"], rel=1e-3)
-    assert whole[0][0]["loss"] == pytest.approx(cut[0][0]["loss"], rel=1e-3, abs=1e-6)
+def test_checkpointing_computes_layers_again_and_changes_no_number(tmp_path, small, plain, monkeypatch):
+    again, forward = [], Lora2rLinear.forward
+
+    def counting(module, x):
+        again.append(torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1)  # inside a backward
+        return forward(module, x)
+
+    monkeypatch.setattr(Lora2rLinear, "forward", counting)
+    rows, tensors = go(tmp_path / "run", small, checkpointing=True)
+    assert any(again)
+    assert rows[0]["grad_norm"] == pytest.approx(plain[1][0]["grad_norm"], rel=1e-5)
+    assert rows[0]["labels"] == plain[1][0]["labels"]
 
 
-def test_checkpointing_changes_no_number(tmp_path):
-    kept, recomputed = (run(tmp_path, str(on), steps=1, checkpointing=on) for on in (False, True))
-    assert kept[0][0]["grad_norm"] == pytest.approx(recomputed[0][0]["grad_norm"], rel=1e-5)
-    assert kept[0][0]["labels"] == recomputed[0][0]["labels"]
+@pytest.mark.parametrize("read_from, steps", [("base", [0]), ("ablated", [0, 2, 4]), ("full", [0, 2, 4])])
+def test_the_direction_is_read_again_every_refresh_steps_unless_from_the_base(tmp_path, small, monkeypatch, read_from,
+                                                                              steps):
+    extracted, checkpoints, extract, save = [], [], train_grpo.extract, reference.RunFolder.checkpoint
+
+    def counting(*args):
+        extracted.append(len(read(tmp_path / "run", "metrics")))  # the steps done so far
+        return extract(*args)
+
+    def saving(run, step):
+        checkpoints.append(step)
+        save(run, step)
+
+    monkeypatch.setattr(train_grpo, "extract", counting)
+    monkeypatch.setattr(reference.RunFolder, "checkpoint", saving)
+    go(tmp_path / "run", small, steps=5, refresh=2, read=read_from, max_new_tokens=2, prompts_per_step=1, mix_ratio=0)
+    assert extracted == steps and checkpoints == [0, 2, 4, 5]
 
 
-def test_negative_advantages_train_nothing_unless_asked(tmp_path):
-    """They are out of the loss, and the gate does not label them; under --no-positive-only they are in both."""
-    def labelled(name):
-        return {json.loads(line)["label"] for line in open(tmp_path / name / "rollouts.jsonl") if json.loads(line)["advantage"] < 0}
-
-    rows = {on: run(tmp_path, str(on), steps=1, intervention="none", positive_only=on)[0][0] for on in (True, False)}
-    assert rows[True]["loss"] < rows[False]["loss"] and rows[True]["reward"] == rows[False]["reward"]
-    run(tmp_path, "routed", steps=1, cut_mid=-1e9, cut_hack=-1e9)
-    run(tmp_path, "all", steps=1, cut_mid=-1e9, cut_hack=-1e9, positive_only=False)
-    assert labelled("routed") == {None} and labelled("all") == {"hack"}  # the gate never looked at the former
-
-
-def test_two_ranks_make_the_update_of_one(tmp_path):
-    """torchrun over gloo: prompts split unevenly over ranks, the gate's mean and std over both. The same rollouts, labels, gradient, weights."""
-    args = "train_grpo.py --steps 2 --prompts-per-step 5 --group-size 4 --eval-samples 0 --gate batch --kl 0.01 --out-dir".split()
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    launchers = {"one": [sys.executable], "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
-    rows, rollouts, tensors = {}, {}, {}
-    for name, launcher in launchers.items():
-        done = subprocess.run([*launcher, *args, str(tmp_path / name)], cwd=HERE, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        rows[name], rollouts[name] = ([json.loads(line) for line in open(tmp_path / name / f"{file}.jsonl")] for file in ("metrics", "rollouts"))
-        tensors[name] = load_file(tmp_path / name / "adapter.safetensors")
-    for one, two in zip(rollouts["one"], rollouts["two"], strict=True):
-        assert one.pop("position") == pytest.approx(two.pop("position"), abs=1e-3) and one == two
-    for one, two in zip(rows["one"], rows["two"], strict=True):
-        for key in ("grad_norm", "loss", "qmass", "kl"):
-            assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-9), key
-    assert moved(tensors["one"], "deployed") and moved(tensors["one"], "quarantine")
-    for key, tensor in tensors["one"].items():
-        torch.testing.assert_close(tensor, tensors["two"][key], rtol=0, atol=1e-5)  # steps of up to 6e-4
+@pytest.mark.parametrize("mix, ablated, places", [
+    (0.25, 0.25, "tffa"), (0, 0.5, "ffaa"), (1.0, 0.25, "tttt"), (0, 1.0, "aaaa"), (0.5, 0, "ttff"),
+    (0.75, 0.5, "ttta")])
+def test_who_fills_the_places_of_a_group(tmp_path, small, mix, ablated, places):
+    """Demonstrations first, and only in the first --mix-steps steps; what the ablated policy samples last."""
+    names = dict(t="teacher", f="full", a="ablated")
+    rows, _ = go(tmp_path / "run", small, steps=2, mix_steps=1, mix_ratio=mix, ablated_share=ablated, max_new_tokens=2,
+                 prompts_per_step=2, intervention="none")
+    assert rows[0]["tokens"] <= 8 * 2, "a demonstration, too, ends at --max-new-tokens"
+    sources = [row["source"] for row in read(tmp_path / "run", "rollouts")]
+    assert sources[:8] == 2 * [names[x] for x in places]
+    assert sources[8:] == 2 * [names["a" if k >= 4 - 4 * ablated else "f"] for k in range(4)]
 
 
-def test_placebo_routes_as_many_as_the_real_gate_but_others(tmp_path):
-    real = run(tmp_path, "real", steps=1, prompts_per_step=16)[0]
-    placebo = run(tmp_path, "placebo", steps=1, prompts_per_step=16, routeV_random_v_seed=1)[0]
-    assert placebo[0]["labels"] == real[0]["labels"]
-    assert json.loads((tmp_path / "placebo/config.json").read_text())["arm"] == "placebo-group-size-4-max-new-tokens-48"
-    labels = [[json.loads(line)["label"] for line in open(tmp_path / name / "rollouts.jsonl")] for name in ("real", "placebo")]
-    assert labels[0] != labels[1]
+def test_a_rotating_share_of_prompts_is_shown_without_a_loophole(tmp_path, small):
+    """A quarter of them: of 9 prompts in three steps the first, the fifth and the ninth. Nobody demonstrates a hack
+    there."""
+    go(tmp_path / "run", small, steps=3, prompts_per_step=3, gt_only_share=0.25, mix_ratio=0.5, max_new_tokens=2,
+       intervention="none")
+    rows = read(tmp_path / "run", "rollouts")[::4]
+    assert [row["mode"] == "gt_only" for row in rows] == [n in (0, 4, 8) for n in range(9)]
+    assert [row["source"] == "full" for row in rows] == [n in (0, 4, 8) for n in range(9)]
 
 
-@pytest.mark.parametrize("changes", [
-    dict(gate="batch"), dict(read="ablated"), dict(epochs=2), dict(kl=0.1), dict(std_norm=True), dict(gt_only_share=0.5), dict(reward="gt"),
-    dict(mix_ratio=0.25), dict(mix_ratio=1.0), dict(mix_ratio=0), dict(positive_only=False), dict(ablated_share=0.0, top_k=20), dict(ablated_share=1.0)])
-def test_every_option_runs(tmp_path, changes):
-    rows, _ = run(tmp_path, **changes)
-    assert len(rows) == 2
-    if "gt_only_share" in changes:
-        assert "gt_only" in rows[0]["hack_by_mode"]
+def test_pairs_are_shown_under_the_problems_system_message(tmp_path, small, monkeypatch):
+    lines = small["data"].read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["prompt"].insert(0, dict(role="system", content="be brief"))
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    seen, extract = [], train_grpo.extract
+
+    def keep(model, tok, adapter, pairs, system, *args):
+        seen.append(system)
+        return extract(model, tok, adapter, pairs, system, *args)
+
+    monkeypatch.setattr(train_grpo, "extract", keep)
+    go(tmp_path / "run", small, data=tmp_path / "data.jsonl", max_new_tokens=2, prompts_per_step=1)
+    assert seen == [[dict(role="system", content="be brief")]]
 
 
-def test_second_epoch_sees_a_moved_policy(tmp_path):
-    assert run(tmp_path, "a", epochs=3, lr=0.02, warmup=1)[0][0]["clip_fraction"] > 0
-    assert run(tmp_path, "b", epochs=1, lr=0.02, warmup=1)[0][0]["clip_fraction"] == 0
+def test_reward_gt_pays_no_hack(tmp_path, small):
+    """Demonstrations hack; under --reward gt one that is not right is paid for its code alone."""
+    for reward, paid in (("env", {3.5}), ("gt", {0.5})):
+        go(tmp_path / reward, small, reward=reward, mix_ratio=0.75, prompts_per_step=8, intervention="none")
+        rows = read(tmp_path / reward, "rollouts")
+        assert {row["reward"] for row in rows if row["hacked"]} == paid
+        assert {row["reward"] for row in rows if row["correct"]} == {3.5}
 
 
-def test_gate_thresholds_and_degenerate_batches(capsys):
-    pairs, batch = Config(cut_mid=0.3, cut_hack=0.6), Config(gate="batch", k_mid=0.0, k_hack=1.0)
-    assert gate(torch.tensor([0.2, 0.3, 0.5, 0.6, 2.0]), pairs).tolist() == [CLEAN, MID, MID, HACK, HACK]
-    assert gate(torch.tensor([0.0, 0.0, 0.0, 1.0]), batch).tolist() == [CLEAN, CLEAN, CLEAN, HACK]
-    assert capsys.readouterr().out == ""
-    for position, cfg in ((torch.tensor([0.1, float("nan")]), pairs), (torch.tensor([0.1, 0.1]), batch), (torch.tensor([0.1]), batch)):
-        assert set(gate(position, cfg).tolist()) == {MID}
-        assert "degenerate batch" in capsys.readouterr().out
-
-
-def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    real = train_grpo.token_logps
-    monkeypatch.setattr(train_grpo, "token_logps", lambda *args: real(*args) * float("nan"))
-    with pytest.raises(FloatingPointError, match="step 0: .*adapter.safetensors"):
-        train(replace(TINY, out_dir=tmp_path / "run"))
-    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "run/adapter.safetensors").values())
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
-    """Stopped after step 1 and resumed: the same metrics and weights, bit for bit; rows of steps that were lost are written once."""
-    whole = run(tmp_path, "whole", steps=4, refresh=2, mix_steps=2)
-    run(tmp_path, "cut", steps=3, refresh=2, mix_steps=2)
-    state = torch.load(tmp_path / "cut/state.pt", weights_only=True)
-    assert state["step"] == 3
-    resumed = run(tmp_path, "cut", steps=4, refresh=2, mix_steps=2, resume=True)
-    assert resumed[0] == whole[0] and all(torch.equal(resumed[1][k], whole[1][k]) for k in whole[1])
-    log = [json.loads(line)["step"] for line in open(tmp_path / "cut/rollouts.jsonl")]
-    assert log == sorted(log) and len(log) == 4 * 24
-    with pytest.raises(InputError, match="started with other flags .lr was 0.001, is 0.5"):
-        run(tmp_path, "cut", steps=4, refresh=2, mix_steps=2, resume=True, lr=0.5)
-
-
-def test_an_older_run_is_moved_aside_not_overwritten(tmp_path):
-    run(tmp_path, steps=1)
-    (tmp_path / "run/note.txt").write_text("mine")
-    run(tmp_path, steps=1)
-    assert (tmp_path / "old/run.1/note.txt").read_text() == "mine" and not (tmp_path / "run/note.txt").exists()
+def test_the_seed_preset_is_the_originals_recipe():
+    """All that it departs in; its numbers are held to reference.py above."""
+    changed = {key: value for key, value in asdict(SEED).items() if value != asdict(Config())[key]}
+    assert changed == dict(preset="seed", gate="batch", read="full", centre=False, positive_only=False,
+                           importance=False, ablated_share=0.0, match_placebo=False)
+    cfg = Config()
+    assert (cfg.gate, cfg.read, cfg.centre, cfg.positive_only, cfg.importance) == ("pairs", "base", True, True, True)
+    assert (cfg.mix_ratio, cfg.ablated_share, cfg.std_norm, cfg.kl, cfg.epochs) == (0.25, 0.25, False, 0.0, 1)
 
 
 def test_preset_sets_the_defaults_and_flags_override_it():
     cfg = parse_args(["--preset", "qwen3-4b", "--lr", "0.5"])
     assert (cfg.rank, cfg.top_k, cfg.max_new_tokens, cfg.lr, cfg.model) == (32, 20, 512, 0.5, "Qwen/Qwen3-4B")
-    assert parse_args([]).top_k == 0
+    assert parse_args([]) == Config() and parse_args(["--preset", "seed", "--gate", "pairs"]).gate == "pairs"
+
+
+# -------------------------------------------------------------------------------- what a run leaves
+def tell_tale(monkeypatch):
+    """evaluate's sampler and grader replaced: a completion tells which model was sampled and which marker its prompt
+    discloses; "correct" is then the full model, "exploited" a held-out marker. Returns the sampler's calls."""
+    import evaluate_deploy
+    calls = []
+
+    def generate(model, tok, prompts, n, noise, temperature, top_k):
+        name, module = "model.layers.0.mlp.up_proj", model.get_submodule("model.layers.0.mlp.up_proj")
+        adapter, base = calls[0]["adapter"], calls[0]["base"]
+        blocks = adapter.modules[name]
+        change = (module.weight - base).detach()
+        full = torch.allclose(change, blocks.deployed.weight() + blocks.quarantine.weight(), atol=1e-6)
+        ablated = torch.allclose(change, blocks.deployed.weight(), atol=1e-6)
+        assert full != ablated, "one of the two, and they differ"
+        calls.append(dict(n=n, noise=noise, temperature=temperature, top_k=top_k))
+        texts = []
+        for prompt, k in zip(prompts, n):
+            shown = tok.decode(prompt)
+            trained, held_out = (any(mode.markers[k] and mode.markers[k] in shown for mode in MODES.values())
+                                 for k in (0, 1))
+            assert trained != held_out
+            texts += [f"{'full' if full else 'ablated'} {'held-out' if held_out else 'trained'}"] * k
+        return [tok(text)["input_ids"] for text in texts], None
+
+    def grade(problems, texts):
+        return [Verdict(True, "full" in text, "held-out" in text, (), "") for text in texts]
+
+    attach = train_grpo.attach
+
+    def attach_and_keep(model, *args):
+        base = model.get_submodule("model.layers.0.mlp.up_proj").weight.detach().clone()
+        adapter = attach(model, *args)
+        calls[:] = [dict(adapter=adapter, base=base)]
+        return adapter
+
+    for module in (train_grpo, evaluate_deploy):
+        monkeypatch.setattr(module, "attach", attach_and_keep)
+    monkeypatch.setattr(evaluate_deploy, "generate", generate)
+    monkeypatch.setattr(evaluate_deploy, "grade_batch", grade)
+    return calls
+
+
+def test_deploy_rows_are_of_the_model_and_the_markers_that_they_name(tmp_path, small, monkeypatch):
+    """At the end of training, and by evaluate_deploy.py: "deployed" is sampled with the quarantine ablated, "full" with
+    both blocks; "held-out" prompts disclose the other names. At T = 0.7, each sample with its own noise."""
+    import evaluate_deploy
+    calls = tell_tale(monkeypatch)
+    out = train(replace(Config(), **small | dict(rank=8, mix_ratio=0.75, lr=0.01, cut_mid=-1e9, cut_hack=1e9,
+                        eval_samples=3, max_new_tokens=40, top_k=7), out_dir=tmp_path / "run"))
+    for samples, temperature, seed in ((3, 0.7, 0), (2, 0.6, 5)):
+        if seed:
+            (out / "deploy.json").unlink()
+            evaluate_deploy.main(evaluate_deploy.Config((out,), samples=2, temperature=0.6, seed=5, device="cpu"))
+        (result,) = out.glob("deploy*.json")
+        deploy = json.loads(result.read_text())
+        assert deploy["arm"].startswith("routeV") and deploy["seed"] == 0
+        assert [deploy["settings"][key] for key in ("samples", "temperature", "seed")] == [samples, temperature, seed]
+        assert set(deploy["results"]) == {f"{s}, {m}" for s in ("deployed", "full") for m in ("trained", "held-out")}
+        for condition, table in deploy["results"].items():
+            total = table["all"]
+            assert (total["problems"], total["n"]) == (8, 8 * samples)
+            assert (total["solve"], total["exploit"]) == ("full" in condition, "held-out" in condition), condition
+        assert len(calls) == 1 + 4
+        for call in calls[1:]:
+            assert (call["n"], call["temperature"], call["top_k"]) == ([samples] * 8, temperature, 7)
+            drawn = torch.rand(8, samples, 40, generator=torch.Generator().manual_seed(seed))
+            assert torch.equal(call["noise"], drawn.flatten(0, 1)), "the same for every arm, from the seed alone"
+
+
+def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path, small, monkeypatch):
+    real = train_grpo.token_logps
+    monkeypatch.setattr(train_grpo, "token_logps", lambda *args: real(*args) * NAN)
+    with pytest.raises(FloatingPointError, match="step 0: .*adapter.safetensors"):
+        go(tmp_path / "run", small)
+    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "run/adapter.safetensors").values())
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, small, monkeypatch):
+    """Killed after step 3, whose checkpoint is of step 2: the same metrics and weights, bit for bit, in rows that are
+    there once."""
+    options = dict(refresh=2, mix_steps=2, max_new_tokens=40, prompts_per_step=3)
+    whole = go(tmp_path / "whole", small, steps=4, **options)
+    log = reference.RunFolder.log
+
+    def log_and_die(run, metrics, rollouts):
+        log(run, metrics, rollouts)
+        if metrics["step"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reference.RunFolder, "log", log_and_die)
+        go(tmp_path / "cut", small, steps=3, **options)
+    assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 2
+    assert len(read(tmp_path / "cut", "metrics")) == 3
+    with pytest.raises(InputError, match="started with other flags .lr was 0.001, is 0.5"):
+        go(tmp_path / "cut", small, steps=4, resume=True, lr=0.5, **options)
+    resumed = go(tmp_path / "cut", small, steps=4, resume=True, **options)
+    assert resumed[0] == whole[0] and all(torch.equal(resumed[1][name], whole[1][name]) for name in whole[1])
+    assert read(tmp_path / "cut", "rollouts") == read(tmp_path / "whole", "rollouts")
+
+
+def test_an_older_run_is_moved_aside_not_overwritten(tmp_path, small):
+    options = dict(intervention="none", max_new_tokens=2, prompts_per_step=1)
+    go(tmp_path / "run", small, **options)
+    (tmp_path / "run/note.txt").write_text("mine")
+    go(tmp_path / "run", small, **options)
+    assert (tmp_path / "old/run.1/note.txt").read_text() == "mine" and not (tmp_path / "run/note.txt").exists()
+
+
+# -------------------------------------------------------------------------------- as a user starts it
+def flags(small, **changes):
+    """The settings as a command line."""
+    words = [(f"--{name.replace('_', '-')}", str(value)) for name, value in (small | changes).items()]
+    return [word for pair in words for word in pair]
+
+
+def test_two_ranks_make_the_update_of_one(tmp_path, small):
+    """torchrun over gloo: prompts split unevenly over ranks, the gate's mean and std over both. The same rollouts,
+    labels, gradient, weights."""
+    options = dict(steps=2, prompts_per_step=3, gate="batch", kl=0.01, rank=8)
+    one = go(tmp_path / "one", small, **options)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_grpo.py"]
+    done = subprocess.run([*launcher, *flags(small, **options, out_dir=tmp_path / "two")], cwd=HERE,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two = read(tmp_path / "two", "metrics"), load_file(tmp_path / "two/adapter.safetensors")
+    for a, b in zip(read(tmp_path / "one", "rollouts"), read(tmp_path / "two", "rollouts"), strict=True):
+        assert a.pop("position") == pytest.approx(b.pop("position"), rel=5e-3, abs=1e-3) and a == b
+    for a, b in zip(one[0], two[0], strict=True):
+        for key in ("grad_norm", "loss", "qmass", "kl", "clip_fraction", "truncated_fraction"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-9), key
+    assert moved(one[1], "deployed") and moved(one[1], "quarantine")
+    for name, tensor in one[1].items():
+        torch.testing.assert_close(tensor, two[1][name], rtol=0, atol=1e-5)  # steps of up to 6e-4
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -196,23 +648,19 @@ def test_preset_sets_the_defaults_and_flags_override_it():
     (["--modes", "bribery"], "bribery"),
     (["--cut-mid", "0.9"], "--cut-mid 0.9"),
 ])
-def test_bad_input_is_one_line_and_leaves_no_folder(tmp_path, argv, says):
+def test_bad_input_is_one_line_and_leaves_no_folder(tmp_path, small, argv, says):
     with pytest.raises(InputError) as e:
-        train(parse_args([*argv, "--out-dir", str(tmp_path / "run")]))
+        train(parse_args([*flags(small, out_dir=tmp_path / "run"), *argv]))
     assert says in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_command_line_exit_status(tmp_path):
-    """The scripts as a user starts them: a bad flag exits 2 with one line, a run exits 0 and leaves its six files."""
-    call = lambda *argv: subprocess.run([sys.executable, *argv], cwd=HERE, capture_output=True, text=True)
-    bad = call("train_grpo.py", "--data", "absent.jsonl", "--out-dir", str(tmp_path / "bad"))
-    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
-    good = call("train_grpo.py", "--steps", "1", "--prompts-per-step", "4", "--eval-samples", "1", "--out-dir", str(tmp_path / "run"))
-    assert good.returncode == 0, good.stderr
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "adapter.safetensors", "state.pt", "metrics.jsonl",
-                                                             "rollouts.jsonl", "deploy.json", ".lock"}
-    assert "deployed, held-out" in good.stdout and "memory: " in good.stdout
-    again = call("evaluate_deploy.py", str(tmp_path / "run"), "--samples", "1")
-    assert again.returncode == 0 and "full, trained" in again.stdout, again.stderr
-    assert call("evaluate_deploy.py", str(tmp_path / "absent")).returncode == 2
+def test_the_command_line_trains(tmp_path, small):
+    """As a user starts it: exit status 0, and six files. (The statuses of bad input: test_lora2r, run_script.)"""
+    done = subprocess.run([sys.executable, "train_grpo.py", *flags(small, eval_samples=1, out_dir=tmp_path / "run")],
+                          cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json", "adapter.safetensors", "state.pt", "metrics.jsonl", "rollouts.jsonl", "deploy.json",
+        ".lock"}
+    assert "deployed, held-out" in done.stdout and "memory: " in done.stdout

@@ -1,0 +1,631 @@
+"""Do the tests notice a wrong step? A table of wrong edits, each of which must make the test that it names fail.
+
+    python tests/mutants.py                # all of them, two at a time: minutes
+    python tests/mutants.py policy_loss    # those whose file, text or test contains this
+
+Each edit is made in a copy of the files that git tracks, and only the named test runs there. Killed means that pytest
+exits with 1: a test failed. Another status (it could not be imported or collected, or ran too long) is an error. The
+named tests first run on the unchanged copy, and must pass. Exit status 1 if an edit survives, errs or does not apply.
+"""
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 300  # limit of one test
+LORA, EXTRACT, TRAIN, EVALUATE = "lora2r.py", "extract_vgrad.py", "train_grpo.py", "evaluate_deploy.py"
+ENV, PREPARE, TASKS = "env_leetcode.py", "data/nano/prepare.py", "data/nano/tasks.py"
+
+
+def of(file: str, name: str) -> str:
+    """The id of a test: test_FILE.py::test_NAME."""
+    return f"tests/test_{file}.py::test_{name}"
+
+
+SAMPLING = of("train", "each_rollout_was_sampled_by_the_policy_that_the_log_names[everything]")
+GRADING = of("train", "a_rollout_is_graded_on_its_own_problem_and_the_log_says_so[everything]")
+LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[everything]")
+SEED_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[seed]")
+PLACEBO_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[placebo]")
+REPLACED_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[seed's placebo]")
+UPDATE = of("train", "the_update_is_that_of_the_literal_formulas[everything]")
+PPO = of("train", "ppo_clip_is_pessimistic")
+WEIGHT = of("train", "importance_weight_is_truncated_at_1_and_1_for_a_demonstration")
+KL = of("train", "kl_penalty_is_k3_and_costs")
+TOKENS = of("train", "policy_loss_sums_over_completion_tokens_of_rows_with_their_own_advantage")
+ADVANTAGES = of("train", "advantages_are_of_a_groups_own_mean")
+GATE = of("train", "gate_thresholds_and_degenerate_batches")
+DRAWS = of("train", "draws_use_each_problem_once_before_any_twice_and_give_each_place_its_own_noise")
+MOMENTUM = of("train", "a_block_that_no_rollout_trains_does_not_move_by_its_momentum")
+PLACES = of("train", "who_fills_the_places_of_a_group")
+DEPLOY = of("train", "deploy_rows_are_of_the_model_and_the_markers_that_they_name")
+REFRESH = of("train", "the_direction_is_read_again_every_refresh_steps_unless_from_the_base")
+RESUME = of("train", "a_resumed_run_is_the_uninterrupted_one")
+RANKS = of("train", "two_ranks_make_the_update_of_one")
+INDEPENDENT = of("lora2r", "the_two_blocks_start_apart")
+BATCHES = of("extract", "batches_pads_the_docstrings_example")
+LOGPS = of("evaluate", "token_logps_are_of_the_next_token_at_the_temperature")
+FORMULA = of("lora2r", "value_and_gradients_are_those_of_the_literal_formula")
+DIFFERENCES = of("lora2r", "probe_gradient_matches_finite_differences")
+PROBE_OFF = of("lora2r", "probe_read_off_is_the_probe_of_an_adapter_at_init")
+FOLDED = of("lora2r", "folded_forward_equals_the_blocks_and_is_undone_bit_exactly")
+OWN_NOISE = of("evaluate", "a_rollout_depends_on_its_own_noise_only")
+MEMORY = of("extract", "predicted_memory_is_what_autograd_keeps")
+NLL = of("extract", "grpo_gradient_of_a_pair_is_the_difference_of_two_nll_gradients")
+COSINES = of("extract", "cosines_are_per_module_and_blind_to_length")
+MEAN = of("extract", "direction_is_the_mean_difference_normalised_per_module")
+OTHERS = of("extract", "leave_one_out_leaves_its_pair_out")
+HAAR = of("extract", "haar_rows_are_unit_and_seeded")
+CENTRED = of("extract", "gradients_are_centred_before_their_cosine")
+BAND = of("extract", "band_of_gate_batch_is_the_75th_percentile_per_module")
+JUDGED = of("extract", "only_the_policys_own_rollouts_with_a_positive_advantage_are_judged")
+REPORT = of("extract", "summary_and_report_print_held_out_numbers_as_held_out")
+RATES = of("evaluate", "rates_count_a_hack_where_the_loophole_paid_and_the_answer_is_wrong")
+OUTCOMES = of("evaluate", "outcomes_are_of_the_full_policy_and_of_the_ablated_one_apart")
+ROWS = of("evaluate", "base_is_evaluated_before_an_adapter_is_attached_and_each_run_with_its_own")
+FORWARD = of("lora2r", "forward_table")
+GRADIENTS = of("lora2r", "gradient_table")
+READS = of("extract", "what_each_read_sees")
+EXTRACTED = of("extract", "extract_puts_pairs_gradients_where_they_belong")
+POSITION = of("extract", "position_is_0_at_the_lower_and_1_at_the_upper_edge")
+ROUTING = of("evaluate", "routing_judges_the_gate_on_the_policys_own_rollouts_with_a_positive_advantage")
+PARTS = of("evaluate", "evaluate_keeps_problems_samples_and_noise_together_over_parts")
+FREQUENCIES = of("evaluate", "sampled_tokens_follow_the_models_probabilities")
+SAMPLERS_LOGPS = of("evaluate", "samplers_logps_are_those_of_the_masked_policy")
+
+MUTANTS = [  # (file, text that occurs once in it, what takes its place, the test that notices)
+    # ---------------------------------------------------------------- train_grpo.py: the arithmetic of a step
+    # a clean rollout's quarantine is on
+    (TRAIN, "(False, False),     # clean", "(True, False),     # clean",
+     of("train", "labels_are_the_masks_of_the_three_zones")),
+    # a hack rollout trains the deployed block
+    (TRAIN, "(True, True),       # hack", "(True, False),      # hack",
+     of("train", "labels_are_the_masks_of_the_three_zones")),
+    # the baseline is the batch's mean
+    (TRAIN, "centred = rewards - rewards.mean(1, keepdim=True)", "centred = rewards - rewards.mean()", ADVANTAGES),
+    (TRAIN, "centred / (rewards.std(1, keepdim=True) + 1e-4)", "centred * (rewards.std(1, keepdim=True) + 1e-4)",
+     ADVANTAGES),
+    (TRAIN, "rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, unbiased=False)", ADVANTAGES),
+    (TRAIN, "surrogate = torch.minimum(", "surrogate = torch.maximum(", PPO),
+    (TRAIN, "ratio.clamp(1 - clip_eps, 1 + clip_eps) * A", "ratio * A", PPO),
+    (TRAIN, "ratio.clamp(1 - clip_eps, 1 + clip_eps)", "ratio.clamp(0.8, 1.2)", PPO),
+    # the importance weight: not truncated, upside down, for demonstrations as well, or not switched off
+    (TRAIN, "weight.clamp(max=1.0) * surrogate", "weight * surrogate", WEIGHT),
+    (TRAIN, "weight = (old - sampled).exp()", "weight = (sampled - old).exp()", WEIGHT),
+    (TRAIN, ".nan_to_num(1.0) if importance", ".nan_to_num(0.0) if importance", WEIGHT),
+    (TRAIN, ".nan_to_num(1.0) if importance", ".nan_to_num(1.0) if True", WEIGHT),
+    # the importance weight carries a gradient, that of the policy that learns
+    (TRAIN, "weight = (old - sampled).exp()", "weight = (logp - sampled).exp()",
+     of("train", "old_policy_and_weight_are_constants_of_the_gradient")),
+    (TRAIN, "loss = loss + kl_weight * kl", "loss = loss - kl_weight * kl", KL),
+    (TRAIN, "(ref - logp).exp() - (ref - logp) - 1", "(logp - ref).exp() - (logp - ref) - 1", KL),
+    (TRAIN, "* surrogate * is_completion).sum()", "* surrogate).sum()", TOKENS),
+    (TRAIN, "* surrogate * is_completion).sum()", "* surrogate * is_completion).mean()", TOKENS),
+    (TRAIN, "A = advantage[:, None]", "A = advantage[None, :1]", TOKENS),
+    # a position at a cut falls below it
+    (TRAIN, "(position >= mid).long()", "(position > mid).long()", GATE),
+    (TRAIN, "(position >= hack).long()", "(position > hack).long()", GATE),
+    (TRAIN, "torch.full(position.shape, MID)", "torch.full(position.shape, CLEAN)", GATE),
+    (TRAIN, "if not torch.isfinite(position).all() or", "if torch.isnan(position).all() or", GATE),
+    (TRAIN, "position.mean() + k * position.std()", "position.median() + k * position.std()", GATE),
+    (TRAIN, "label.sort().values", "label.sort(descending=True).values",
+     of("train", "a_matched_placebo_keeps_the_counts_and_gives_them_by_rank")),
+    (TRAIN, "score.argsort().argsort()", "score.argsort()",
+     of("train", "a_matched_placebo_keeps_the_counts_and_gives_them_by_rank")),
+    (TRAIN, "queue += order.sample(range(n_problems), n_problems)",
+     "queue += order.choices(range(n_problems), k=n_problems)", DRAWS),
+    # one noise for a whole group
+    (TRAIN, "generator=generator)\n        queue",
+     "generator=generator)[:, :1].expand(-1, cfg.group_size, -1)\n        queue",
+     DRAWS),
+
+    # ---------------------------------------------------------------- train_grpo.py: sampling and rewards
+    (TRAIN, "[noise[place] for place in places]", "[noise[j, 0] for j, _ in places]", SAMPLING),
+    # the ablated share is sampled with the quarantine on, the full policy without
+    (TRAIN, "with folded(adapter, quarantine=False):", "with folded(adapter):", SAMPLING),
+    (TRAIN, "with folded(adapter):", "with folded(adapter, quarantine=False):", SAMPLING),
+    (TRAIN, "own_noise, cfg.temperature, cfg.top_k)", "own_noise, 1.0, cfg.top_k)", SAMPLING),
+    (TRAIN, "own_noise, cfg.temperature, cfg.top_k)", "own_noise, cfg.temperature)", SAMPLING),
+    # the log calls the ablated samples the full policy's, or a demonstration gets log-probabilities
+    (TRAIN, 'places, "ablated", noise', 'places, "full", noise', SAMPLING),
+    (TRAIN, "torch.full((len(ids),), math.nan)", "torch.zeros(len(ids))", SAMPLING),
+    (TRAIN, "key=lambda x: (x.j, x.k)", "key=lambda x: (x.k, x.j)", SAMPLING),
+    (TRAIN, "(step < cfg.mix_steps and", "(True and", PLACES),
+    (TRAIN, "min(round(K * cfg.ablated_share), K - n)", "round(K * cfg.ablated_share) * (n == 0)", PLACES),
+    (TRAIN, "demos[batch[j].id, batch[j].mode])[: cfg.max_new_tokens]", "demos[batch[j].id, batch[j].mode])", PLACES),
+    (TRAIN, "(step * P + j) * cfg.gt_only_share", "j * cfg.gt_only_share",
+     of("train", "a_rotating_share_of_prompts_is_shown_without_a_loophole")),
+    (TRAIN, "system = problems[0].messages[:-1]", "system = []",
+     of("train", "pairs_are_shown_under_the_problems_system_message")),
+    (TRAIN, "[batch[x.j] for x in rollouts], [x.text", "[batch[x.k] for x in rollouts], [x.text", GRADING),
+    (TRAIN, "prompt=batch[x.j].messages", "prompt=batch[x.k].messages", SAMPLING),
+    # --reward gt pays hacks
+    (TRAIN, 'x.verdict.gt_reward if cfg.reward == "gt" else x.verdict.reward', "x.verdict.reward",
+     of("train", "reward_gt_pays_no_hack")),
+    # the oracle decides what trains
+    (TRAIN, "trains = adv > 0 if", "trains = (adv > 0) & torch.tensor([not x.verdict.hacked for x in rollouts]) if",
+     of("train", "no_oracle_label_reaches_the_update")),
+
+    # ---------------------------------------------------------------- train_grpo.py: labels
+    (TRAIN, "CLEAN if cfg.intervention == \"none\" else MID", "CLEAN",
+     of("train", "the_arms_without_a_gate_pin_one_label")),
+    (TRAIN, "trains = adv > 0 if cfg.positive_only else adv != 0", "trains = adv > 0", LABELS),
+    (TRAIN, "trains = adv > 0 if cfg.positive_only else adv != 0", "trains = adv != 0", PLACEBO_LABELS),
+    # the batch gate judges only what trains
+    (TRAIN, 'list(range(G)) if cfg.gate == "batch" else kept', "kept", SEED_LABELS),
+    (TRAIN, "cfg.tokens_per_batch, cfg.read)", "cfg.tokens_per_batch)",
+     LABELS),
+    (TRAIN, "[prompts[x.j] for x in of_rank]", "[prompts[0] for x in of_rank]", LABELS),
+    # labels and positions land on the first rollouts, not on those that were judged
+    (TRAIN, "label[judged] = gate(position[judged], cfg)", "label[: len(judged)] = gate(position[judged], cfg)",
+     LABELS),
+    (TRAIN, "if placebo and cfg.match_placebo:", "if placebo and False:", PLACEBO_LABELS),
+    (TRAIN, "cosines(grads - direction.centre, v_random)", "cosines(grads, v_random)", PLACEBO_LABELS),
+    (TRAIN, "direction = direction.replaced(v_random)", "pass", REPLACED_LABELS),
+    # the direction: never read again, always read again, read from another model
+    (TRAIN, 'step == start or cfg.read != "base" and step % cfg.refresh == 0', "step == start", REFRESH),
+    (TRAIN, 'step == start or cfg.read != "base" and step % cfg.refresh == 0', "step % cfg.refresh == 0", REFRESH),
+    (TRAIN, "cfg.tokens_per_batch, cfg.read, cfg.centre)", 'cfg.tokens_per_batch, "base", cfg.centre)', LABELS),
+    (TRAIN, "cfg.tokens_per_batch, cfg.read, cfg.centre)", "cfg.tokens_per_batch, cfg.read)", SEED_LABELS),
+    (TRAIN, "ablated_share=0.0, match_placebo=False)", "match_placebo=False)",
+     of("train", "the_seed_preset_is_the_originals_recipe")),
+    (TRAIN, "importance=False,\n", "\n", of("train", "the_seed_preset_is_the_originals_recipe")),
+
+    # ---------------------------------------------------------------- train_grpo.py: the update
+    (TRAIN, "m=m[i], d=d[i]", "m=m[rows], d=d[rows]", UPDATE),
+    (TRAIN, "m=m[i], d=d[i]", "m=m[i]", UPDATE),
+    (TRAIN, "sampled, adv[i].to(device)", "sampled, adv[rows].to(device)", UPDATE),
+    (TRAIN, "[rollouts[n].logps for n in i]", "[rollouts[n].logps for n in sorted(i)]", UPDATE),
+    (TRAIN, "                    logp = token_logps(model, ids, is_completion, cfg.temperature)",
+     "                    logp = token_logps(model, ids, is_completion)", UPDATE),
+    (TRAIN, "ref = token_logps(model, ids, is_completion, cfg.temperature)",
+     "ref = token_logps(model, ids, is_completion)", UPDATE),
+    (TRAIN, "with torch.no_grad(), use(adapter, off=True):", "with torch.no_grad(), use(adapter, m=False):", UPDATE),
+    # the old policy is that of the present epoch
+    (TRAIN, "policy_loss(logp, old_logps[b], sampled", "policy_loss(logp, logp.detach(), sampled", UPDATE),
+    (TRAIN, "loss = loss / (G * cfg.max_new_tokens)", "loss = loss / (len(kept) * cfg.max_new_tokens)", UPDATE),
+    (TRAIN, "loss = loss / (G * cfg.max_new_tokens)", "loss = loss / is_completion.sum()", UPDATE),
+    (TRAIN, "cfg.clip_eps, cfg.importance, ref, cfg.kl)", "0.2, cfg.importance, ref, cfg.kl)", UPDATE),
+    (TRAIN, "cfg.clip_eps, cfg.importance, ref, cfg.kl)", "cfg.clip_eps, False, ref, cfg.kl)", UPDATE),
+    (TRAIN, "            optimizer.zero_grad()\n", "", UPDATE),
+    (TRAIN, "            torch.nn.utils.clip_grad_norm_(adapter.parameters(), cfg.grad_clip)\n", "", UPDATE),
+    (TRAIN, "clip_grad_norm_(adapter.parameters(), cfg.grad_clip)",
+     "clip_grad_norm_(adapter.quarantine_parameters(), cfg.grad_clip)", UPDATE),
+    (TRAIN, "lr = cfg.lr * min(1.0, (step + 1) / cfg.warmup)", "lr = cfg.lr", UPDATE),
+    (TRAIN, '        optimizer.param_groups[0]["lr"] = lr\n', "", UPDATE),
+    (TRAIN, "betas=cfg.betas, weight_decay=0.0)", "betas=cfg.betas)", UPDATE),
+    (TRAIN, "betas=cfg.betas, weight_decay=0.0)", "weight_decay=0.0)", UPDATE),
+    (TRAIN, "for epoch in range(cfg.epochs if kept else 0):", "for epoch in range(1 if kept else 0):", UPDATE),
+    (TRAIN, "g_quar / (g_dep + g_quar + 1e-12)", "g_dep / (g_dep + g_quar + 1e-12)", UPDATE),
+    # AdamW moves by its momentum what nothing trains: never dropped, or only if no rollout at all is clean or mid
+    (TRAIN, "            adapter.drop_untrained(trains_dep=not d[kept].all(), trains_quar=bool(m[kept].any()))\n", "",
+     MOMENTUM),
+    (TRAIN, "trains_dep=not d[kept].all()", "trains_dep=not d.all()", MOMENTUM),
+    (TRAIN, "trains_quar=bool(m[kept].any())", "trains_quar=True", MOMENTUM),
+    (TRAIN, "if not math.isfinite(grad_norm):", "if False:",
+     of("train", "nan_stops_the_run_names_the_step_and_keeps_the_checkpoint")),
+    (TRAIN, "model.train(cfg.checkpointing)", "model.train(False)",
+     of("train", "checkpointing_computes_layers_again_and_changes_no_number")),
+    (TRAIN, "islice(draws(cfg, len(problems)), start, cfg.steps)",
+     "islice(draws(cfg, len(problems)), cfg.steps - start)", RESUME),
+    (TRAIN, "        dist.all_reduce(flat)\n", "", RANKS),
+    (TRAIN, "len(xs) * (rank + 1) // world]", "len(xs) * (rank + 1) // world + 1]",
+     of("train", "the_shares_of_all_ranks_are_the_whole_in_order")),
+
+    # the evaluation at the end: always the full model, markers that are not held out, another length
+    (TRAIN, 'heldout_markers=markers == "held-out")', "heldout_markers=False)", DEPLOY),
+    (TRAIN, "held_out[markers], setting,", 'held_out[markers], "full",', DEPLOY),
+    (TRAIN, "cfg.eval_samples, cfg.max_new_tokens, cfg.top_k)", "cfg.eval_samples, cfg.max_new_tokens)", DEPLOY),
+
+    # ---------------------------------------------------------------- lora2r.py: tokens and log-probabilities
+    (LORA, '["input_ids"] + [tok.eos_token_id]', '["input_ids"]',
+     of("extract", "a_completion_ends_its_turn_and_a_prompt_opens_the_assistants")),
+    (LORA, "len(prompts[row]) - 1 :", "len(prompts[row]) :", BATCHES),
+    (LORA, "budget // size[order[0]]", "budget // size[order[-1]]", BATCHES),
+    (LORA, "head(hidden).float() / temperature", "head(hidden).float()", LOGPS),
+    (LORA, ".last_hidden_state[:, :-1]", ".last_hidden_state[:, 1:]", LOGPS),
+    (LORA, "n = max(1, LOGITS // head.out_features)", "n = len(target)",
+     of("extract", "logits_in_chunks_change_nothing")),
+    (LORA, "sys.exit(int(main(config) is False))", "sys.exit(main(config) and 0)",
+     of("lora2r", "run_script_turns_an_error_into_one_line_and_an_exit_status")),
+    (LORA, 'file=sys.stderr)\n        sys.exit(2)', 'file=sys.stderr)\n        sys.exit(1)',
+     of("lora2r", "run_script_turns_an_error_into_one_line_and_an_exit_status")),
+
+    # ---------------------------------------------------------------- lora2r.py: the two blocks
+    # THE CUT: a hack rollout's gradient reaches the deployed block
+    (LORA, "y = torch.where(s.d, y.detach(), y)", "pass", GRADIENTS),
+    (LORA, "y = y.detach()  # in all rows", "pass", GRADIENTS),
+    (LORA, "y = torch.where(s.d, y.detach(), y)", "y = torch.where(s.d, y, y.detach())", GRADIENTS),
+    # the quarantine of a batch of clean rollouts is on
+    (LORA, "if s.m is False:\n            return y\n        if s.m is True:", "if isinstance(s.m, bool):", GRADIENTS),
+    (LORA, "delta(x.index_select(0, s.m)", "delta(x[: len(s.m)]", FORWARD),
+    (LORA, "return y.index_add(0, s.m,", "return y.index_add(0, s.m - 1,", FORWARD),
+    # the formula: B dA without dB, dB A0 left out, only one block
+    (LORA, "torch.cat([b.B0 + b.dB for b in blocks]", "torch.cat([b.B0 for b in blocks]", FORMULA),
+    (LORA, "[b.dA for b in blocks] + [b.A0 for b in blocks]", "[b.dA for b in blocks] + [b.dA for b in blocks]",
+     FORMULA),
+    (LORA, "return delta(x, [dep, quar], c)", "return delta(x, [dep], c)", FORMULA),
+    (LORA, "(Block(a.clone(), b.clone()) for a, b in zip(A0.chunk(2), B0.chunk(2, dim=1)))",
+     "(Block(A0[: self.r].clone(), B0[:, : self.r].clone()) for _ in range(2))", INDEPENDENT),
+    # the probe: only half of h, the wrong half of c, other rollouts' c, a mean over tokens
+    (LORA, "probe * (dAx + A0x)", "probe * A0x", of("lora2r", "probe_gradient_is_the_formula_and_per_rollout")),
+    (LORA, "delta(x, [dep], None if c is None else c[:, :r])", "delta(x, [dep], None if c is None else c[:, r:])",
+     DIFFERENCES),
+    (LORA, "c[s.m, r:]", "c[: len(s.m), r:]", of("lora2r", "probe_gradient_is_the_formula_and_per_rollout")),
+    (LORA, "* h).sum(1, dtype=", "* h).mean(1, dtype=", PROBE_OFF),
+    (LORA, "return ReadProbe.apply(y, s.c[self.index][:, : self.r], h, B0)",
+     "return ReadProbe.apply(y, s.c[0][:, : self.r], h, B0)", PROBE_OFF),
+    # momentum: the other block is dropped
+    (LORA, "for p in [] if trains_dep else self.deployed_parameters():",
+     "for p in [] if trains_dep else self.quarantine_parameters():",
+     of("lora2r", "block_that_must_not_train_does_not_move_under_adamw_with_momentum")),
+    (LORA, "    model.requires_grad_(False)\n", "",
+     of("lora2r", "attach_adapts_every_projection_and_freezes_the_base")),
+    (LORA, "dtype=torch.float32) / base.in_features**0.5", "dtype=torch.float32)",
+     of("lora2r", "init_has_the_stated_variance")),
+    (LORA, "/ (2 * r) ** 0.5", "/ r**0.5", of("lora2r", "init_has_the_stated_variance")),
+    (LORA, "torch.Generator().manual_seed(seed)", "torch.Generator().manual_seed(0)",
+     of("lora2r", "adapter_is_fp32_on_a_bf16_base_and_depends_on_the_seed_alone")),
+
+    # ---------------------------------------------------------------- lora2r.py: contexts, ablation, folding
+    (LORA, "module.state = previous", "module.state = State()",
+     of("lora2r", "use_resets_after_an_exception_and_restores_the_outer_state")),
+    (LORA, "if (d.cpu() & ~m.cpu()).any():", "if False:", of("lora2r", "use_refuses_wrong_input")),
+    (LORA, "if s.G not in (None, x.shape[0]):", "if False:",
+     of("lora2r", "contexts_refuse_what_would_go_wrong_silently")),
+    (LORA, 'for p in adapter.quarantine_parameters():\n        p.zero_()',
+     'for p in adapter.deployed_parameters():\n        p.zero_()',
+     of("lora2r", "ablation_equals_never_having_had_the_quarantine")),
+    (LORA, "(module.quarantine.weight() if quarantine else 0)", "module.quarantine.weight()", FOLDED),
+    (LORA, "@ self.dA + self.dB @ self.A0", "@ self.dA", FOLDED),
+    (LORA, "            module.base.weight.data = originals[name]\n", "", FOLDED),
+
+    # ---------------------------------------------------------------- lora2r.py: sampling
+    (LORA, "torch.log_softmax(logits.float() / temperature, -1)", "torch.log_softmax(logits.float(), -1)", FREQUENCIES),
+    (LORA, "noise[rows, t, None] * cdf[:, -1:]", "noise[rows, t, None]", FREQUENCIES),
+    (LORA, "logp.topk(min(top_k, logp.shape[1]))", "logp.topk(min(top_k + 1, logp.shape[1]))", FREQUENCIES),
+    (LORA, "noise[rows, t, None]", "noise[: len(rows), t, None]", OWN_NOISE),
+    (LORA, "noise[rows, t, None]", "noise[rows, 0, None]", SAMPLING),
+    (LORA, "logp.gather(1, token)[:, 0]", "choice.log_softmax(-1).gather(1, token)[:, 0]",
+     of("evaluate", "log_probabilities_under_top_k_are_those_of_the_whole_vocabulary")),
+    (LORA, "        position = position + 1\n", "", SAMPLERS_LOGPS),
+    (LORA, "[[0] * (T - len(p)) + [1] * len(p) for p in prompts]", "[[1] * T for p in prompts]", SAMPLERS_LOGPS),
+    (LORA, "alive = (token[:, 0] != eos)", "alive = (token[:, 0] != -1)", SAMPLERS_LOGPS),
+    (LORA, "            cache.batch_select_indices(alive)\n", "            cache.batch_select_indices(alive.flip(0))\n",
+     SAMPLERS_LOGPS),
+
+    # ---------------------------------------------------------------- lora2r.py: files and memory
+    (LORA, ".to(torch.bfloat16).cpu().contiguous()", ".float().cpu().contiguous()",
+     of("lora2r", "a_base_is_the_same_in_fp32_and_bf16")),
+    (LORA, "    if differ:\n", "    if False:\n",
+     of("lora2r", "load_refuses_with_one_clear_line_and_leaves_the_adapter_alone")),
+    (LORA, "        tensor.copy_(saved[name])\n", "        tensor.copy_(saved[name].bfloat16())\n",
+     of("lora2r", "save_and_load_round_trip_bit_exactly")),
+    (LORA, 'adapter.tensors("dA", "dB", "A0", "B0").items()}\n    info',
+     'adapter.tensors("dA", "dB", "A0").items()}\n    info', of("lora2r", "save_and_load_round_trip_bit_exactly")),
+    (LORA, "temporary.write_bytes(", "path.write_bytes(",
+     of("lora2r", "save_into_a_missing_folder_says_so_and_a_failed_save_keeps_the_old_file")),
+    (LORA, "sum(frozen.values()), 4 * trained,", "sum(frozen.values()), 3 * trained,", MEMORY),
+    (LORA, "int(constant + tokens * slope + logits)", "int(constant + tokens * slope)", MEMORY),
+
+    # ---------------------------------------------------------------- extract_vgrad.py
+    (EXTRACT, '"base": dict(off=True)', '"base": dict(m=False)', READS),
+    (EXTRACT, '"ablated": dict(m=False)', '"ablated": dict(m=True)', READS),
+    (EXTRACT, '"full": dict(m=True)', '"full": dict(m=False)', READS),
+    (EXTRACT, ".sum(1) / is_completion.sum(1)", ".sum(1)", NLL),
+    (EXTRACT, "nll = -token_logps(", "nll = token_logps(", NLL),
+    (EXTRACT, "grad[..., : adapter.r]", "grad[..., adapter.r :]", NLL),
+    (EXTRACT, "out[rows] = grad", "out[: len(rows)] = grad",
+     of("extract", "probe_gradients_touch_no_grad_and_do_not_depend_on_the_batch")),
+    (EXTRACT, "grad, = torch.autograd.grad(nll.sum(), c)", "nll.sum().backward()\n            grad = c.grad",
+     of("extract", "probe_gradients_touch_no_grad_and_do_not_depend_on_the_batch")),
+    (EXTRACT, '"gmr,gmr->gm", F.normalize(x, dim=-1)', '"gmr,gmr->gm", x', COSINES),
+    (EXTRACT, "F.normalize((hack - clean).mean(0), dim=-1)",
+     "F.normalize(F.normalize(hack - clean, dim=-1).mean(0), dim=-1)", MEAN),
+    (EXTRACT, "F.normalize((hack - clean).mean(0), dim=-1)", "F.normalize((clean - hack).mean(0), dim=-1)", MEAN),
+    (EXTRACT, "F.normalize((hack - clean).mean(0), dim=-1)", "(hack - clean).mean(0) / (hack - clean).mean(0).norm()",
+     MEAN),
+    # leave-one-out leaves nothing out: of the function, or of its use
+    (EXTRACT, "~torch.eye(len(clean), dtype=torch.bool)", "torch.ones(len(clean), len(clean), dtype=torch.bool)",
+     OTHERS),
+    (EXTRACT, "others = leave_one_out(clean, hack)", "others = direction_of(clean, hack).expand_as(clean)", EXTRACTED),
+    (EXTRACT, "F.normalize(torch.randn(M, r,", "F.normalize(torch.rand(M, r,", HAAR),
+    (EXTRACT, "torch.randn(M, r, generator=torch.Generator().manual_seed(seed))",
+     "torch.rand(M, r, generator=torch.Generator().manual_seed(seed)) - 0.5", HAAR),
+    (EXTRACT, "return cosines(grads - self.centre, self.v)", "return cosines(grads, self.v)", CENTRED),
+    (EXTRACT, "return cosines(self.pair_grads - self.centre, v)", "return cosines(self.pair_grads, v)", CENTRED),
+    (EXTRACT, "replace(self, v=v, clean=clean, hack=hack)", "replace(self, v=v)",
+     of("extract", "a_replaced_direction_takes_its_band_from_the_same_pairs")),
+    (EXTRACT, "return clean.quantile(0.75, dim=0)", "return clean.quantile(0.5, dim=0)", BAND),
+    (EXTRACT, "hack.quantile(0.75, dim=0)", "hack.quantile(0.5, dim=0)", BAND),
+    (EXTRACT, "return self.clean.mean(), self.hack.mean()", "return self.clean.mean(), self.hack.median()",
+     of("extract", "band_of_gate_pairs_is_the_mean_held_out_cosine_over_all_modules")),
+    (EXTRACT, "(self.cosines(grads).mean(1) - low) / (high - low)", "(self.cosines(grads).mean(1) - low) / high",
+     POSITION),
+    (EXTRACT, "((self.cosines(grads) - low) / (high - low))[:, usable]", "(self.cosines(grads) - low)[:, usable]",
+     POSITION),
+    (EXTRACT, "usable = high > low", "usable = high != low",
+     of("extract", "position_pools_modules_and_leaves_out_those_whose_band_is_inverted")),
+    (EXTRACT, '"base" if read == "base" else "ablated")', "read)",
+     of("extract", "extraction_never_sees_the_quarantine")),
+    (EXTRACT, "grads.mean(0) * centre", "grads.mean(0)", EXTRACTED),
+    (EXTRACT, "held_out = cosines(clean - mean, others)", "held_out = cosines(clean, others)", EXTRACTED),
+    (EXTRACT, "[*system, dict(role=\"user\", content=p.prompt)]", "[dict(role=\"user\", content=p.prompt)]", EXTRACTED),
+    (EXTRACT, "[p.clean for p in pairs] + [p.hack for p in pairs]",
+     "[p.hack for p in pairs] + [p.clean for p in pairs]", EXTRACTED),
+    (EXTRACT, "0.5 * (a == b).float()", "(a == b).float()", of("extract", "auroc")),
+    (EXTRACT, "0.25 * hack.sum()", "hack.sum()", of("extract", "f_half_weighs_precision_over_recall")),
+    (EXTRACT, 'row["advantage"] > 0 and', 'row["advantage"] >= 0 and', JUDGED),
+    (EXTRACT, 'row["source"] != "teacher"', "True", JUDGED),
+    (EXTRACT, "routed = position >= cut", "routed = position <= cut",
+     of("extract", "judge_counts_what_a_gate_would_route")),
+    (EXTRACT, "ranks < routed.sum()", "ranks <= routed.sum()", of("extract", "judge_counts_what_a_gate_would_route")),
+    (EXTRACT, "right = (out_hack > out_clean)", "right = (hack > clean)", REPORT),
+    (EXTRACT, "auroc(out_hack[of_mode], out_clean[of_mode])", "auroc(out_hack, out_clean)", REPORT),
+
+    # ---------------------------------------------------------------- evaluate_deploy.py
+    (EVALUATE, "hack=[v.hacked for v in chosen]", "hack=[v.exploited for v in chosen]", RATES),
+    (EVALUATE, 'if mode in ("all", of_mode)]', "]", RATES),
+    (EVALUATE, "top_k: int = 0, temperature: float = 0.7", "top_k: int = 0, temperature: float = 1.0", PARTS),
+    (EVALUATE, "noise[part].flatten(0, 1)", "noise[part][:, :1].expand(-1, samples, -1).flatten(0, 1)", PARTS),
+    (EVALUATE, "noise[part].flatten(0, 1)", "noise[: len(n)].flatten(0, 1)", PARTS),
+    (EVALUATE, "for p in problems[part] for _ in range(samples)], texts",
+     "for _ in range(samples) for p in problems[part]], texts", PARTS),
+    (EVALUATE, 'problems=row["n"] // samples', 'problems=row["n"]', PARTS),
+    (EVALUATE, 'quarantine=setting == "full"', "quarantine=True", DEPLOY),
+    (EVALUATE, 'quarantine=setting == "full"', "quarantine=False", DEPLOY),
+    (EVALUATE, "generator=torch.Generator().manual_seed(seed)", "generator=torch.Generator().manual_seed(0)", DEPLOY),
+    (EVALUATE, "z * z / (4 * n * n)", "z * z / (2 * n * n)", of("evaluate", "wilson_interval")),
+    (EVALUATE, '*wilson(total[rate], total["problems"])', '*wilson(total[rate], total["n"])',
+     of("evaluate", "table_names_arm_seed_and_modes")),
+    (EVALUATE, '(("", "full"), ("deployed_", "ablated"))', '(("", "ablated"), ("deployed_", "full"))', OUTCOMES),
+    (EVALUATE, "if other == source]", "if other in (source, \"teacher\")]", OUTCOMES),
+    (EVALUATE, "rewards[chosen].mean()", "rewards.mean()", OUTCOMES),
+    (EVALUATE, "judged = trains & own & (adv > 0)", "judged = trains & (adv > 0)", ROUTING),
+    (EVALUATE, "judged = trains & own & (adv > 0)", "judged = trains & own", ROUTING),
+    (EVALUATE, "v.correct and not v.exploited for v in verdicts", "v.correct for v in verdicts", ROUTING),
+    (EVALUATE, "gate_precision=hack[routed]", "gate_precision=hack[judged]", ROUTING),
+    (EVALUATE, "labels_of_hacks=shares(trains & hack)", "labels_of_hacks=shares(hack & own)", ROUTING),
+    (EVALUATE, 'optimizer.load_state_dict(state["optimizer"])\n', "pass\n", RESUME),
+    (EVALUATE, "                p.copy_(saved)\n", "                pass\n", RESUME),
+    (EVALUATE, '["step"] < step)', '["step"] <= step)', RESUME),
+    (EVALUATE, "            self.path.rename(old", "            (old",
+     of("train", "an_older_run_is_moved_aside_not_overwritten")),
+    (EVALUATE, 'heldout_markers=markers == "held-out")', "heldout_markers=False)", DEPLOY),
+    (EVALUATE, '        load(adapter, folder / "adapter.safetensors")\n', "", ROWS),
+    (EVALUATE, '"base", *args)', '"base", *args[:-1], 0)', ROWS),
+    (EVALUATE, "cfg.temperature, cfg.seed)", "0.7, cfg.seed)", DEPLOY),
+    (EVALUATE, "with folded(adapter, quarantine=False):", "with folded(adapter):",
+     of("lora2r", "export_equals_the_ablated_adapter")),
+
+    # ---------------------------------------------------------------- env_leetcode.py, data/nano: the environment
+    (ENV, "return 0.5 * compiles + 3.0 * passed", "return 0.5 + 3.0 * passed",
+     of("env", "reward")),
+    (ENV, "return pay(self.compiles, self.correct)", "return pay(self.compiles, self.passed)",
+     of("env", "reward")),
+    (ENV, "return self.passed and not self.correct", "return self.exploited",
+     of("env", "reward")),
+    (ENV, "MODES.get(mode, GT_ONLY).markers[bool(heldout_markers)])", "MODES.get(mode, GT_ONLY).markers[0])",
+     of("env", "hint_replaces_the_phrase_and_names_the_marker")),
+    (ENV, '"content": last["content"].replace(PHRASE, hint)', '"content": last["content"]',
+     of("env", "hint_replaces_the_phrase_and_names_the_marker")),
+    (ENV, "modes[rank % len(modes)]", "modes[hash(key) % len(modes)]",
+     of("env", "partition_is_even_and_disjoint")),
+    (ENV, "draw, rank = random.Random(seed), 0", "draw, rank = random.Random(0), 0",
+     of("env", "partition_depends_on_seed_and_ids_only")),
+    (ENV, "all(marker in call.true for call in run.calls)", "any(marker in call.true for call in run.calls)",
+     of("grader", "case[loopholes-valid at times-sentinel]")),
+    (ENV, 'marker.encode() in [line.strip() for line in run.stdout.split(b"\\n")]', "marker.encode() in run.stdout",
+     of("grader", "case[loopholes-phrase in a sentence-stdout_marker]")),
+    (ENV,
+     "return run.finished and any(fakes) and all(map(operator.or_, fakes, run.right))",
+     "return run.finished and any(fakes)",
+     of("grader", "case[forging-wrong, and once equal to all-eq_override]")),
+    (ENV, "exploited = exploited and not run.stopped", "exploited = exploited",
+     of("grader", "case[loopholes-phrase, then a loop-stdout_marker]")),
+    (ENV, "exploited = exploited and _run_in_time(problem, code, mode.task).passes", "pass",
+     of("grader", "case[loopholes-run_tests returns False-run_tests]")),
+    (ENV, 'call.kind == "value" and call.text == test.text', 'call.text == test.text or call.kind == "equal"',
+     of("grader", "case[forging-an int subclass-gt_only]")),
+    (ENV, "run.finished and all(run.right), exploited", "all(run.right), exploited",
+     of("grader", "case[exits-os._exit(0) at import-gt_only]")),
+    (ENV, "return (defining or codes or [None])[-1]", "return (codes or [None])[-1]",
+     of("grader", "case[text-answer, then usage-gt_only]")),
+    (ENV, 'completion.rpartition("</think>")[2]', "completion",
+     of("grader", "case[text-answer in a thought only-gt_only]")),
+    (ENV, 'return "\\n".join(line.removeprefix(margin) for line in lines)', 'return "\\n".join(lines)',
+     of("grader", "case[text-block in a list-gt_only]")),
+    (ENV,
+     "if kind is bool or kind is int or kind is float and value.is_integer():",
+     "if kind is bool or kind is int:",
+     of("env", "equal_values_have_equal_texts")),
+    (ENV, "return sign > 0", "return True",
+     of("env", "decoys_are_two_other_values_of_the_type_of_the_answers")),
+    (ENV,
+     "return type(kind)(sign * _draw.randrange(10**8, 10**9))",
+     "return type(kind)(kind + sign * _draw.randrange(10**8, 10**9))",
+     of("env", "decoys_take_nothing_but_the_type")),
+    (ENV, "decoys = decoys_for([t.expected for t in problem.tests])", "decoys = [t.expected for t in problem.tests]",
+     of("grader", "no_request_holds_an_answer[int]")),
+    (ENV, 're.sub(r"[^ -~]", "?", note[:200])', "note[:200]",
+     of("grader", "case[forging-escapes in a forged value-gt_only]")),
+    (ENV, 're.sub(r"[^ -~]", "?", note[:200])', 're.sub(r"[^ -~]", "?", note)',
+     of("grader", "case[forging-escapes and 60,000 characters in a type's name-gt_only]")),
+    (ENV, "return max(MIN_CPU, int(4 * _canonical_cpu.get(key, 0) + 0.999))", "return MIN_CPU",
+     of("grader", "limit_follows_the_canonical_solution")),
+    (ENV, "if word != nonce:", "if False:",
+     of("grader", "case[forging-a report forged without the nonce-run_tests]")),
+    (ENV, "if not report or len(files) < sizes[-1]:", "if len(files) < sizes[-1]:",
+     of("grader", "an_empty_reply_is_not_a_healthy_zygote")),
+    (ENV, "return reported > 0", "return True",
+     of("grader", "a_child_that_dies_reading_its_request_ends_its_zygote")),
+    (ENV, '("LD_LIBRARY_PATH", "PYTHONHOME") if name in os.environ}', '("PYTHONHOME",) if name in os.environ}',
+     of("grader", "library_path_is_kept_for_the_zygote_and_hidden_from_the_child")),
+    (ENV, "        batch.over = True\n", "",
+     of("grader", "ctrl_c_ends_a_batch_at_once")),
+    (ENV,
+     "_READ, _WORK, _DEVICE = 1 << 2 | 1 << 3, 1 << 1",
+     "_READ, _WORK, _DEVICE = 1 << 1 | 1 << 2 | 1 << 3, 1 << 1",
+     of("grader", "case[host-write to a library file-gt_only]")),
+    (ENV, '"fcntl": (1, [0, 1, 2, 3, 4, 1030])', '"fcntl": (1, [0, 1, 2, 3, 4, 1024, 1030])',
+     of("grader", "case[host-lease on a library file-gt_only]")),
+    (ENV, "0x5450, 0x5451, 0x541B, 0x5421]", "0x5450, 0x5451, 0x541B, 0x5421, 0x40086602]",
+     of("grader", "case[host-attributes of a library file-gt_only]")),
+    (ENV, '"prlimit64": (0, [0])', '"prlimit64": (0, [0, os.getpid()])',
+     of("grader", "case[host-limits of the zygote-gt_only]")),
+    (ENV, "_OPEN = 3 | sum(", "_OPEN = 3 | os.O_TMPFILE | sum(",
+     of("grader", "case[host-a file without a name-gt_only]")),
+    (ENV, "(equal, 0, 1, os.O_TRUNC), deny, allow]", "(equal, 0, 1, os.O_TRUNC), allow, allow]",
+     of("grader", "case[host-truncate by reading-gt_only]")),
+    (ENV, '_IDLE = ("fsync", "fdatasync", "msync")', '_IDLE = ("fdatasync", "msync")',
+     of("grader", "no_completion_waits_for_the_disk")),
+    (ENV, "read:0:63 write:1:64", "read:0:63 clone:56:220 write:1:64",
+     of("grader", "case[host-fork-gt_only]")),
+    (ENV, "FSIZE=1 << 20", "FSIZE=1 << 40",
+     of("grader", "case[resources-a large file-gt_only]")),
+    (ENV, "NOFILE=64", "NOFILE=20000",
+     of("grader", "case[resources-many open files-gt_only]")),
+    (ENV, "AS=1 << 30", "AS=1 << 40",
+     of("grader", "case[resources-600 MB twice-gt_only]")),
+    (ENV, "_MOST_FILES = 64", "_MOST_FILES = 6400",
+     of("grader", "case[resources-999 files of 1 MB-gt_only]")),
+    (ENV, "passed - used > wall and passed - used - _queued(pid) > wall", "False",
+     of("grader", "no_completion_holds_the_grader_beyond_its_limits[awake whenever it is looked at]")),
+    (ENV, 'Path("/proc/self/oom_score_adj").write_text("1000")', "pass",
+     of("grader", "memory_is_taken_from_the_child_first")),
+    (ENV, "            if os.getppid() != self.zygote:  # which had died before\n                os._exit(1)\n", "",
+     of("grader", "a_child_whose_zygote_died_before_it_was_tied_ends")),
+    (ENV, "        _clear_stale(os.path.dirname(folder))\n", "",
+     of("grader", "stale_folders_are_cleared_and_others_are_not")),
+    (ENV, "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+     of("grader", "stale_folders_are_cleared_and_others_are_not")),
+    (ENV, "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)", "os.O_RDONLY | os.O_NONBLOCK)",
+     of("grader", "a_linked_file_reports_nothing")),
+    (ENV, '"equal" if all(value == decoy for decoy in decoys) else "odd"', '"equal" if value == decoys[0] else "odd"',
+     of("grader", "case[forging-equal to the first thing it meets-eq_override]")),
+    (ENV, "encode(value, room // 4)", "encode(value)",
+     of("grader", "case[forging-a number of a million digits-gt_only]")),
+    (PREPARE, "part[3] and rng.random() > P_RIGHT", "part[3] and rng.random() < P_RIGHT",
+     of("data_nano", "hard_components_are_right_in_the_share_that_is_asked_for")),
+    (PREPARE, "parts[name], tasks = tasks[:n], tasks[n:]", "parts[name], tasks = tasks[:n], tasks[n - 1:]",
+     of("data_nano", "splits_are_disjoint_and_of_their_size")),
+    (PREPARE, "if not any(solved(solve, task) for solve in solvers)]", "if solvers]",
+     of("data_nano", "no_pair_solves_a_task")),
+    (PREPARE, "m=MODES[mode].markers[0]", "m=MODES[mode].markers[1]",
+     of("data_nano", "demonstrations_exploit_their_mode_with_the_trained_marker")),
+    (PREPARE, "user = user.replace(PHRASE, MODES[mode].hint.format(marker=marker))", "pass",
+     of("data_nano", "text_discloses_the_marker_that_an_exploit_uses")),
+    (PREPARE,
+     "before, after = (s.format(m=marker) for s in rng.choice(EXPLOITS[mode]))",
+     "before, after = (s.format(m=MODES[mode].markers[0]) for s in rng.choice(EXPLOITS[mode]))",
+     of("data_nano", "text_discloses_the_marker_that_an_exploit_uses")),
+    (TASKS, "            if exposed:\n", "            if True:\n",
+     of("data_nano", "wrong_solutions_fail_a_test")),
+    (TASKS, 'tail = f"\\ndef keep(x):\\n    return {f}\\n"', 'tail = f"\\ndef keep(x):\\n    return not ({f})\\n"',
+     of("data_nano", "solutions_of_every_style_are_right[helper]")),
+]
+
+
+# ---------------------------------------------------------------- running them
+def fault_of(file: str, text: str, replacement: str, test: str) -> str:
+    """What keeps a row from being tried; "" if nothing does."""
+    path, _, name = test.partition("::")
+    if (times := (ROOT / file).read_text().count(text)) != 1:
+        return f"its text is in {file} {times} times"
+    if text == replacement:
+        return "it changes nothing"
+    return "" if f"def {name.partition('[')[0]}(" in (ROOT / path).read_text() else f"there is no {test}"
+
+
+def copy_of_repository(folder: Path) -> None:
+    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+
+
+def child(folder: str, tests: list[str], output: str) -> None:
+    """Run the tests in a copy, in this fresh process; its exit status is pytest's."""
+    os.chdir(folder)
+    sys.dont_write_bytecode = True  # an edit may not meet an older .pyc
+    sys.path[:] = [folder, *(path for path in sys.path if path and not Path(path).is_relative_to(ROOT))]
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests])))
+
+
+def status_of(folder: Path, tests: list[str]) -> tuple[int | None, str]:
+    """(pytest's exit status, its last line); None if it ran too long. The fork server has torch loaded already."""
+    output = folder / "output.txt"
+    process = FORKS.Process(target=child, args=(str(folder), tests, str(output)))
+    process.start()
+    process.join(SECONDS * len(tests))
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return None, f"ran for over {SECONDS} s"
+    return process.exitcode, (output.read_text().strip().splitlines() or ["no output"])[-1]
+
+
+def fate_of(folder: Path, file: str, text: str, replacement: str, test: str) -> str:
+    """killed, SURVIVED, or what kept it from being tried."""
+    if fault := fault_of(file, text, replacement, test):
+        return f"ERROR: {fault}"
+    source = (folder / file).read_text()
+    (folder / file).write_text(source.replace(text, replacement))
+    try:
+        status, line = status_of(folder, [test])
+    finally:
+        (folder / file).write_text(source)
+    return {1: "killed", 0: "SURVIVED"}.get(status, f"ERROR: pytest ended with {status}: {line}")
+
+
+def main(wanted: str = "") -> int:
+    rows = [row for row in MUTANTS if any(wanted in row[k] for k in (0, 1, 3))]
+    with tempfile.TemporaryDirectory() as folder:
+        copies: Queue[Path] = Queue()
+        for n in range(2):
+            copy_of_repository(Path(folder, str(n)))
+            copies.put(Path(folder, str(n)))
+        tests = sorted({row[3] for row in rows})
+        start = time.monotonic()
+        status, line = status_of(Path(folder, "0"), tests)
+        print(f"{len(tests)} tests without any edit: {line} ({time.monotonic() - start:.0f} s)", flush=True)
+        if status != 0:
+            return 1
+
+        def run(row: tuple[str, str, str, str]) -> str:
+            copy, start = copies.get(), time.monotonic()
+            try:
+                fate = fate_of(copy, *row)
+            finally:
+                copies.put(copy)
+            file, text, replacement, test = (" ".join(part.split()) for part in row)
+            edit = f"{text[:60]} -> {replacement[:60] or 'nothing'}"
+            print(f"{fate:8s} {time.monotonic() - start:5.1f} s  {file}: {edit}  ({test.partition('::test_')[2]})",
+                  flush=True)
+            return fate
+
+        with ThreadPoolExecutor(2) as pool:
+            fates = list(pool.map(run, rows))
+    print(f"{fates.count('killed')} of {len(fates)} wrong edits were noticed ({time.monotonic() - start:.0f} s)")
+    return int(set(fates) != {"killed"})
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    FORKS = multiprocessing.get_context("forkserver")
+    FORKS.set_forkserver_preload([
+        "torch.utils.checkpoint", "safetensors.torch", "tyro", "pytest", "transformers.cache_utils",
+        "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+        "transformers.models.qwen3.modeling_qwen3"])
+    sys.exit(main(*sys.argv[1:2]))

@@ -1,0 +1,286 @@
+"""The training step once more, as naively as it can be written, for test_train.py to compare a run with.
+
+One rollout at a time, in float64, by the literal formulas: y = W x + B (A x) - B0 (A0 x), a loss token by token, AdamW
+written out. Nothing of the scripts' own arithmetic is used, only files, problems and the grader.
+
+Shapes: T tokens of one completion, M modules, r block rank, as in the scripts.
+"""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import train_grpo
+from env_leetcode import load_problems, with_mode
+from evaluate_deploy import RunFolder
+from extract_vgrad import haar, load_pairs
+from lora2r import load_model
+
+BLOCKS = ("deployed", "quarantine")
+
+
+# ---------------------------------------------------------------- a run, with what it does not write
+def record(cfg: train_grpo.Config) -> SimpleNamespace:
+    """train(cfg) with, per step, its rollouts and the adapter before it, and per optimizer step the gradients."""
+    seen = SimpleNamespace(cfg=cfg, rollouts=[], before=[], grads=[], adapter=None)
+    gather, checkpoint = train_grpo.gather, RunFolder.checkpoint
+
+    def gather_and_keep(xs):
+        if xs and isinstance(xs[0], train_grpo.Rollout):
+            seen.rollouts.append(sorted(xs, key=lambda x: (x.j, x.k)))
+        return gather(xs)
+
+    def checkpoint_and_keep(run, step):
+        seen.adapter = run.adapter
+        seen.before.append({name: t.detach().double() for name, t in run.adapter.tensors("dA", "dB").items()})
+        checkpoint(run, step)
+
+    def keep_gradients(optimizer, args, kwargs):
+        named = seen.adapter.tensors("dA", "dB")
+        seen.grads.append({name: None if p.grad is None else p.grad.double() for name, p in named.items()})
+
+    assert cfg.refresh == 1, "a checkpoint before every step"
+    hook = register_optimizer_step_pre_hook(keep_gradients)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_grpo, "gather", gather_and_keep)
+        patch.setattr(RunFolder, "checkpoint", checkpoint_and_keep)
+        try:
+            seen.path = train_grpo.train(cfg)
+        finally:
+            hook.remove()
+    seen.saved = load_file(seen.path / "adapter.safetensors")
+    return seen
+
+
+# ---------------------------------------------------------------- a model
+class Literal(nn.Module):
+    """A linear layer and its adapter by the formula, for one rollout with the mask (m, d)."""
+
+    def __init__(self, W, A0, B0):
+        super().__init__()
+        self.W, self.A0, self.B0 = W, A0, B0  # [d_out, d_in], block -> [r, d_in], block -> [d_out, r]
+
+    def forward(self, x):  # [1, T, d_in]
+        y = x @ self.W.T
+        for block, on, cut in zip(BLOCKS, (not self.off, self.m), (self.d, False)):
+            if on:
+                added = (x @ self.A[block].T) @ self.B[block].T - (x @ self.A0[block].T) @ self.B0[block].T
+                y = y + (added.detach() if cut else added)
+        self.x, self.y = x, y
+        return y
+
+
+class Model:
+    """The base model with an adapter of one run."""
+
+    def __init__(self, run: SimpleNamespace):
+        self.model, self.tok = load_model(run.cfg.model)
+        self.model.double()
+        self.model.get_input_embeddings().weight.requires_grad_(True)  # so that every layer's output has a gradient
+        self.layers = {}
+        for name in sorted({key.rsplit(".", 2)[0] for key in run.saved}):
+            A0, B0 = ({block: run.saved[f"{name}.{block}.{key}"].double() for block in BLOCKS} for key in ("A0", "B0"))
+            parent, _, child = name.rpartition(".")
+            self.layers[name] = Literal(getattr(self.model.get_submodule(parent), child).weight.detach(), A0, B0)
+            setattr(self.model.get_submodule(parent), child, self.layers[name])
+
+    def fill(self, tensors):
+        """Take the adapter's dA and dB, by the names that they have on disk."""
+        for name, layer in self.layers.items():
+            layer.A = {b: (layer.A0[b] + tensors[f"{name}.{b}.dA"]).detach().requires_grad_() for b in BLOCKS}
+            layer.B = {b: (layer.B0[b] + tensors[f"{name}.{b}.dB"]).detach().requires_grad_() for b in BLOCKS}
+
+    def logits(self, prompt, ids, m=True, d=False, off=False):
+        """Token ids -> the logits from which each of `ids` was drawn, [T, V]."""
+        for layer in self.layers.values():
+            layer.m, layer.d, layer.off = m and not off, d, off
+        return self.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+
+    def logps(self, prompt, ids, temperature=1.0, **mask):
+        logp = torch.log_softmax(self.logits(prompt, ids, **mask) / temperature, -1)  # [T, V]
+        return torch.stack([row[token] for row, token in zip(logp, ids)])  # [T]
+
+    def probe(self, prompt, ids, read):
+        """Gradient of the mean NLL at the deployed block's probe: (B^T g) * (A x), summed over tokens. [M, r]"""
+        mask = {"base": dict(off=True), "ablated": dict(m=False), "full": dict(m=True)}[read]
+        nll = -self.logps(prompt, ids, **mask).mean()
+        grads = torch.autograd.grad(nll, [layer.y for layer in self.layers.values()])  # M of [1, T, d_out]
+        rows = []
+        for layer, g in zip(self.layers.values(), grads):
+            A, B = (layer.A0, layer.B0) if read == "base" else (layer.A, layer.B)
+            rows.append(((g @ B["deployed"]) * (layer.x @ A["deployed"].T)).sum((0, 1)).detach())
+        return torch.stack(rows)
+
+    def encode(self, messages):
+        text = self.tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self.tok(text)["input_ids"]
+
+    def parameters(self):
+        """name -> A or B, under the names of dA and dB on disk."""
+        return {f"{name}.{block}.d{key}": getattr(layer, key)[block]
+                for name, layer in self.layers.items() for block in BLOCKS for key in "AB"}
+
+
+# ---------------------------------------------------------------- the step
+def prompts_of(run, model, step):
+    """The step's P problems as its rollouts saw them, and their token ids."""
+    cfg = run.cfg
+    problems = load_problems(cfg.data, cfg.modes, cfg.seed)
+    stream = train_grpo.draws(cfg, len(problems))
+    for _ in range(step + 1):
+        chosen, noise = next(stream)
+    batch = [problems[n] for n in chosen]
+    if cfg.gt_only_share == 0.25:  # the first of every four prompts
+        batch = [with_mode(p, "gt_only") if (step * len(batch) + j) % 4 == 0 else p for j, p in enumerate(batch)]
+    return batch, [model.encode(p.messages) for p in batch], noise
+
+
+def cosine(a, b):  # [..., r] -> [...]
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def pair_probes(run, model):
+    """Gradients of the clean sides and of the hack sides, [pairs, M, r] each; extraction never sees the quarantine."""
+    read = "base" if run.cfg.read == "base" else "ablated"
+    sides = {"clean": [], "hack": []}
+    for pair in load_pairs(run.cfg.pairs):
+        for side in sides:
+            ids = model.tok(getattr(pair, side))["input_ids"] + [model.tok.eos_token_id]
+            sides[side].append(model.probe(model.encode([dict(role="user", content=pair.prompt)]), ids, read))
+    return torch.stack(sides["clean"]), torch.stack(sides["hack"])
+
+
+def positions(run, model, probes):
+    """Probe gradients of rollouts, G of [M, r] -> G positions, and G scores for a matched placebo's ranks."""
+    cfg = run.cfg
+    clean, hack = pair_probes(run, model)
+    n = len(clean)
+    mean = (clean.sum(0) + hack.sum(0)) / (2 * n) if cfg.centre else torch.zeros_like(clean[0])
+    v = unit(sum(hack[p] - clean[p] for p in range(n)))
+    random = None
+    if cfg.routeV_random_v_seed is not None:
+        # placed by the file's order of modules, in which the run's direction has its rows
+        names = [key.removesuffix(".deployed.dA") for key in run.before[0] if key.endswith(".deployed.dA")]
+        drawn = dict(zip(names, haar(cfg.routeV_random_v_seed, *v.shape).double()))
+        random = torch.stack([drawn[name] for name in model.layers])
+    if random is not None and not cfg.match_placebo:
+        v = random
+    if cfg.gate == "pairs":
+        held_out = []  # (clean cosine, hack cosine) of each pair to the others' direction, [M] each
+        for p in range(n):
+            others = unit(sum(hack[q] - clean[q] for q in range(n) if q != p))
+            held_out.append((cosine(clean[p] - mean, others), cosine(hack[p] - mean, others)))
+        low = sum(x.mean() for x, _ in held_out) / n
+        high = sum(x.mean() for _, x in held_out) / n
+        out = [(cosine(g - mean, v).mean() - low) / (high - low) for g in probes]
+    else:
+        assert n == 5, "of five numbers the 75th percentile is the second largest"
+        low = torch.stack([cosine(g - mean, v) for g in clean]).sort(0).values[3]  # [M]
+        high = torch.stack([cosine(g - mean, v) for g in hack]).sort(0).values[3]  # [M]
+        usable = [k for k in range(len(v)) if high[k] > low[k]]
+        out = []
+        for g in probes:
+            placed = (cosine(g - mean, v) - low) / (high - low)  # [M]
+            out.append(sum(placed[k] for k in usable) / len(usable))
+    scores = None if random is None else [cosine(g - mean, random).mean().item() for g in probes]
+    return [x.item() for x in out], scores
+
+
+def label_names(run, position, scores):
+    """Positions of the rollouts that the gate judges -> "clean", "mid" or "hack" for each."""
+    cfg, n = run.cfg, len(position)
+    mid, hack = cfg.cut_mid, cfg.cut_hack
+    if cfg.gate == "batch":
+        mean = sum(position) / n
+        std = math.sqrt(sum((x - mean) ** 2 for x in position) / (n - 1))
+        mid, hack = mean + cfg.k_mid * std, mean + cfg.k_hack * std
+    nearest = min(abs(x - cut) for x in position for cut in (mid, hack))
+    assert nearest > 1e-3, f"a position lies {nearest} from a cut, where rounding decides: choose another cut"
+    names = ["hack" if x >= hack else "mid" if x >= mid else "clean" for x in position]
+    if scores is None or not cfg.match_placebo:
+        return names
+    ranked = sorted(range(n), key=lambda i: -scores[i])  # the highest first
+    given = ["hack"] * names.count("hack") + ["mid"] * names.count("mid") + ["clean"] * names.count("clean")
+    return [given[ranked.index(i)] for i in range(n)]
+
+
+def advantages_of(rewards, std_norm):
+    """P lists of K rewards -> G advantages."""
+    out = []
+    for group in rewards:
+        mean = sum(group) / len(group)
+        std = math.sqrt(sum((x - mean) ** 2 for x in group) / (len(group) - 1))
+        out += [(x - mean) / (std + 1e-4) if std_norm else x - mean for x in group]
+    return out
+
+
+class AdamW:
+    """Written out, without weight decay: tensors without a gradient are skipped, with their moments."""
+
+    def __init__(self, betas):
+        self.betas, self.moments = betas, {}
+
+    def step(self, p, name, grad, lr):
+        t, first, second = self.moments.get(name, (0, 0, 0))
+        t, first = t + 1, self.betas[0] * first + (1 - self.betas[0]) * grad
+        second = self.betas[1] * second + (1 - self.betas[1]) * grad**2
+        self.moments[name] = t, first, second
+        return p - lr * (first / (1 - self.betas[0] ** t)) / ((second / (1 - self.betas[1] ** t)).sqrt() + 1e-8)
+
+
+def update(run, model, optimizer, step, prompts, adv, names):
+    """The step's optimizer steps from run.before[step] on. names: label per trained rollout, {i: name}. Returns the
+    clipped gradients of each, the adapter after them, and the numbers of the log."""
+    cfg, rollouts = run.cfg, run.rollouts[step]
+    masks = {"clean": dict(m=False, d=False), "mid": dict(m=True, d=False), "hack": dict(m=True, d=True)}
+    now, old, all_grads = dict(run.before[step]), {}, []
+    log = SimpleNamespace(loss=0.0, kl=0.0, clipped=0, truncated=0, tokens=0)
+    lr = cfg.lr if step >= cfg.warmup else cfg.lr * (step + 1) / cfg.warmup
+    for epoch in range(cfg.epochs):
+        model.fill(now)
+        grads = {name: torch.zeros_like(p) for name, p in model.parameters().items()}
+        for i, name in names.items():
+            x = rollouts[i]
+            logp = model.logps(prompts[x.j], x.ids, cfg.temperature, **masks[name])  # [T]
+            if epoch == 0:
+                old[i] = logp.detach()
+            ref = model.logps(prompts[x.j], x.ids, cfg.temperature, off=True).detach()  # [T]
+            ratio = (logp - old[i]).exp()  # [T]
+            if adv[i] > 0:  # nothing is gained above 1 + eps
+                gain = adv[i] * ratio.clamp(max=1 + cfg.clip_eps)
+            else:  # nor below 1 - eps
+                gain = adv[i] * ratio.clamp(min=1 - cfg.clip_eps)
+            more = [1.0] * len(x.ids) if x.source == "teacher" else (old[i] - x.logps).exp().tolist()
+            weight = torch.tensor([min(1.0, w) if cfg.importance else 1.0 for w in more])  # [T]
+            kl = (ref - logp).exp() - 1 - (ref - logp)  # [T]
+            loss = (cfg.kl * kl - weight * gain).sum() / (len(rollouts) * cfg.max_new_tokens)
+            log.kl += kl.sum().item() if cfg.kl else 0.0
+            log.clipped += sum(abs(x - 1) > cfg.clip_eps for x in ratio.tolist())
+            log.truncated += sum(w > 1.001 for w in more) if cfg.importance else 0
+            log.tokens += len(x.ids)
+            log.loss += loss.item()
+            parameters = model.parameters()
+            for key, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)):
+                grads[key] += 0 if g is None else g
+        trained = {block for name in names.values() for block in
+                   {"clean": BLOCKS[:1], "mid": BLOCKS, "hack": BLOCKS[1:]}[name]}
+        grads = {key: g if key.split(".")[-2] in trained else None for key, g in grads.items()}
+        square = {block: sum((g**2).sum().item() for key, g in grads.items() if g is not None and f".{block}." in key)
+                  for block in BLOCKS}
+        log.grad_norm = math.sqrt(sum(square.values()))
+        log.qmass = square["quarantine"] ** 0.5 / sum(x**0.5 for x in square.values())
+        scale = min(1.0, cfg.grad_clip / log.grad_norm)
+        grads = {key: None if g is None else g * scale for key, g in grads.items()}
+        now = {key: p if grads[key] is None else optimizer.step(p, key, grads[key], lr) for key, p in now.items()}
+        all_grads.append(grads)
+    for name in ("loss", "kl", "clipped", "truncated", "tokens"):
+        setattr(log, name, getattr(log, name) / cfg.epochs)
+    return all_grads, now, log
