@@ -259,11 +259,11 @@ PAIRS = [
     ("four.md", "four.md:19"), ("long.md", "task 2"),
 ]
 MODELS = [("absent", "absent"), ("truncated", "truncated"), ("garbage", "garbage"),
-    ("missing", "1 missing weights"), ("unused", "1 unexpected weights"),
+          ("missing", "1 missing weights"), ("unused", "1 unexpected weights"),
           ("shapes", "shapes"), ("weightless", "weightless"), ("tokens", "tokens"), ("template", "chat template fails"),
           ("syntax", "chat template fails"), ("no_template", "no chat template")]
 OUT = [("", "--out-dir"), ("{d}/empty", "--out-dir {d}/empty"), ("{d}/empty/x", "{d}/empty is not a folder"),
-    ("{d}/other", "is no run folder"),
+       ("{d}/other", "is no run folder"),
        ("{d}/not_a_run", "damaged"), ("{d}/bad_config", "bad_config/config.json: damaged"), ("/", "--out-dir /"),
        ("{d}/read_only/x", "{d}/read_only is not a folder that may be written"),
        ("{d}/read_only", "{d}/read_only is not a folder that")]
