@@ -13,7 +13,7 @@ cosine of its own NLL gradient to v_grad (pass 1), then one masked forward and b
 Rollouts with a negative advantage train nothing (--no-positive-only: plain GRPO).
 
 Writes runs/ARM_seedS/: config.json, adapter.safetensors, state.pt (for --resume), metrics.jsonl, rollouts.jsonl,
-deploy.json. ARM is the intervention with the flags that change its method: none-reward-gt-mix-ratio-0.
+deploy.json. ARM is the intervention with the flags that change its method: none-mix-ratio-0.0-reward-gt.
 
 Shapes: P prompts, K rollouts of each, G = P K rollouts, g of them in a micro-batch, T tokens, M modules, r block rank.
 Sources: GRPO, Shao et al. 2024 (arXiv 2402.03300); no length or std bias (Dr. GRPO), Liu et al. 2025 (arXiv
