@@ -54,7 +54,6 @@ import signal
 import stat
 import struct
 import sys
-import tempfile
 import time
 import types
 from collections import Counter, OrderedDict, defaultdict
@@ -62,8 +61,9 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, NamedTuple, Sequence
 
 IS_ZYGOTE = __name__ == "__main__" and sys.argv[1:2] == ["--zygote"]  # see the second half
-if not IS_ZYGOTE:  # a zygote has the standard library only, and no threading: its handlers would slow down every fork
+if not IS_ZYGOTE:  # a zygote is the lighter to fork the less it has loaded (and threading has handlers of its own)
     import subprocess
+    import tempfile
     import threading
     from concurrent.futures import ThreadPoolExecutor
 
