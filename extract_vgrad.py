@@ -2,7 +2,8 @@
 
     python extract_vgrad.py                                                # the embedded model
     python extract_vgrad.py --rollouts runs/none_seed0/rollouts.jsonl      # how a gate would judge these rollouts
-    python extract_vgrad.py --model Qwen/Qwen3-4B --pairs data/leetcode/pairs.md --no-centre --dtype bfloat16
+    python extract_vgrad.py --score activation                             # hidden states in the gradients' place
+    python extract_vgrad.py --model Qwen/Qwen3-4B --pairs data/leetcode/pairs.md --dtype bfloat16
 
 A pair is one prompt with a clean and a hack completion. Its GRPO gradient with advantage +1 for the hack and -1 for the
 clean side is, at importance ratio 1, the difference of two NLL gradients:
@@ -11,9 +12,10 @@ clean side is, at importance ratio 1, the difference of two NLL gradients:
 
 read at the c-probe (lora2r.py), a vector of r numbers per module. Averaged over pairs and normalised per module it is
 v_grad [M, r]. A rollout is scored by the cosine of its own NLL gradient to v_grad in each module, pooled into one
-number, its *position*: 0 where the pairs' clean sides lie, 1 where their hack sides lie.
+number, its *position*: 0 where the pairs' clean sides lie, 1 where their hack sides lie. The softmax is read at a high
+temperature (probe_gradients says why). Hidden states, surprise and length can take the gradient's place (--score).
 
-Shapes: G rollouts, T tokens (padded), P pairs, M adapted modules, r block rank.
+Shapes: G rollouts, T tokens (padded), P pairs, M adapted modules (or layers), r block rank, d numbers for each of M.
 Source: gradient routing, Cloud et al. 2024 (arXiv 2410.04332), with a direction in the place of a data label.
 """
 import json
@@ -32,14 +34,48 @@ from lora2r import (HERE, Adapter, InputError, attach, bar, batches, check_range
                     load_model, parse, read_text, run_script, token_logps, use)
 
 
-# -------------------------------------------------------------------------------- gradients at the c-probe
+# -------------------------------------------------------------------------------- what a gate reads of a rollout
+def features(model, adapter: Adapter, prompts: list[list[int]], completions: list[list[int]], budget: int = 8192,
+             score: str = "gradient", **probe) -> Tensor:
+    """What a gate reads of each rollout: [G, M, d], fp32, on the CPU.
+
+    score gradient    the c-probe's gradient, d = r numbers for each of the M adapted modules; for what is in `probe`
+                      (read, temperature, tokens) see probe_gradients()
+          activation  the frozen base's hidden states after each of its M layers, mean over the completion's tokens
+          surprise    the completion's mean NLL under the frozen base, one number: M = d = 1
+          length      its number of tokens, likewise
+    """
+    if score == "gradient":
+        return probe_gradients(model, adapter, prompts, completions, budget, **probe)
+    shape = (model.config.get_text_config().num_hidden_layers, model.config.get_text_config().hidden_size)
+    out = torch.zeros(len(prompts), *(shape if score == "activation" else (1, 1)))  # [G, M, d]
+    for rows, ids, is_completion in bar(list(batches(prompts, completions, budget)), score):
+        n = is_completion.sum(1)[:, None, None]  # [g, 1, 1]
+        with torch.no_grad(), use(adapter, off=True):
+            if score == "length":
+                out[rows] = n.float()
+            elif score == "surprise":
+                ids, is_completion = ids.to(model.device), is_completion.to(model.device)
+                out[rows] = -token_logps(model, ids, is_completion).sum(1).cpu()[:, None, None] / n
+            else:
+                layers = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False,
+                                             output_hidden_states=True).hidden_states[1:]  # M of [g, T, d]
+                mean = is_completion[:, None] / n  # [g, 1, T-1]
+                out[rows] = torch.cat([mean.to(h.device) @ h[:, :-1].float() for h in layers], 1).cpu()
+    return out
+
+
 def probe_gradients(model, adapter: Adapter, prompts: list[list[int]], completions: list[list[int]], budget: int = 8192,
-                    read: str = "base") -> Tensor:
+                    read: str = "base", temperature: float = 100.0, tokens: str = "completion") -> Tensor:
     """Each rollout's own NLL gradient at the deployed half of the c-probe: [G, M, r], fp32, on the CPU.
 
     read "base": on the frozen base model, with the adapter at its init. "ablated": on the present model without its
     quarantine. "full": on the present model with both blocks, where the quarantine soon explains the hack away.
-    The NLL is the mean over the rollout's tokens. autograd.grad asks for the probe alone: no .grad is touched.
+    The NLL is the mean over the rollout's tokens, under softmax(logits / temperature). A token's gradient begins as
+    (p - its one-hot) / temperature. At temperature 1 that weighs each token by its surprise, and a rare right answer
+    looks like a cheat; when p is nearly uniform all tokens count alike, and what is left is the gradient of their
+    logits. tokens: where the probe sits, at those that predict the completion, or at "all", the prompt's included.
+    autograd.grad asks for the probe alone: no .grad is touched.
     """
     device = next(model.parameters()).device
     how = {"base": dict(off=True), "ablated": dict(m=False), "full": dict(m=True)}[read]
@@ -47,8 +83,8 @@ def probe_gradients(model, adapter: Adapter, prompts: list[list[int]], completio
     for rows, ids, is_completion in bar(list(batches(prompts, completions, budget)), "gradients"):
         ids, is_completion = ids.to(device), is_completion.to(device)
         c = torch.ones(len(adapter), len(rows), 2 * adapter.r, device=device, requires_grad=True)  # [M, g, 2r]
-        with use(adapter, c=c, **how):
-            nll = -token_logps(model, ids, is_completion).sum(1) / is_completion.sum(1)  # [g]
+        with use(adapter, c=c, at=F.pad(is_completion, (0, 1)) if tokens == "completion" else None, **how):
+            nll = -token_logps(model, ids, is_completion, temperature).sum(1) / is_completion.sum(1)  # [g]
             grad, = torch.autograd.grad(nll.sum(), c)  # [M, g, 2r]
         out[rows] = grad[..., : adapter.r].transpose(0, 1).float().cpu()
     return out
@@ -56,60 +92,63 @@ def probe_gradients(model, adapter: Adapter, prompts: list[list[int]], completio
 
 # -------------------------------------------------------------------------------- the direction
 def cosines(x: Tensor, v: Tensor) -> Tensor:
-    """Cosine per module of x [G, M, r] to unit rows v, [M, r] or one for each row of x [G, M, r]: [G, M]."""
-    return torch.einsum("gmr,gmr->gm", F.normalize(x, dim=-1), v.expand_as(x))
+    """Cosine per module of x [G, M, d] to unit rows v, [M, d] or one for each row of x [G, M, d]: [G, M]. A lone number
+    (d = 1) has no direction, and is taken as it is."""
+    x = F.normalize(x, dim=-1) if x.shape[-1] > 1 else x
+    return torch.einsum("gmd,gmd->gm", x, v.expand_as(x))
 
 
 def direction_of(clean: Tensor, hack: Tensor) -> Tensor:
-    """v_grad [M, r] of pair gradients [P, M, r]: the mean GRPO gradient (hack +1, clean -1), normalised per module."""
+    """The direction [M, d] of the pairs' features [P, M, d]: the mean difference, normalised per module. Of gradients it
+    is v_grad, the mean GRPO gradient (hack +1, clean -1)."""
     return F.normalize((hack - clean).mean(0), dim=-1)
 
 
 def leave_one_out(clean: Tensor, hack: Tensor) -> Tensor:
-    """Pair gradients [P, M, r] each -> [P, M, r]: entry p is the direction of all pairs but p."""
+    """Pair features [P, M, d] each -> [P, M, d]: entry p is the direction of all pairs but p."""
     others = ~torch.eye(len(clean), dtype=torch.bool)  # [P, P]
     return torch.stack([direction_of(clean[chosen], hack[chosen]) for chosen in others])
 
 
-def haar(seed: int, M: int, r: int) -> Tensor:
-    """The placebo: M unit rows drawn uniformly from the sphere, [M, r]."""
-    return F.normalize(torch.randn(M, r, generator=torch.Generator().manual_seed(seed)), dim=-1)
+def haar(seed: int, M: int, d: int) -> Tensor:
+    """The placebo: M unit rows drawn uniformly from the sphere, [M, d]."""
+    return F.normalize(torch.randn(M, d, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 @dataclass(frozen=True)
 class Direction:
-    """v_grad with what turns a gradient into a position."""
+    """The pairs' direction (of score gradient: v_grad), with what turns features into a position."""
     v: Tensor
-    """[M, r], unit rows"""
+    """[M, d], unit rows"""
     centre: Tensor
-    """[M, r], subtracted from a gradient before its cosine: the mean over all pair sides, or 0"""
+    """[M, d], subtracted from features before their cosine: the mean over all pair sides, or 0"""
     clean: Tensor
     """[P, M] cosines of the clean sides, each to the direction of the other pairs (leave-one-out)"""
     hack: Tensor
     """[P, M] cosines of the hack sides, likewise"""
-    pair_grads: Tensor
-    """[2P, M, r] gradients of the clean, then of the hack sides"""
+    pair_features: Tensor
+    """[2P, M, d] features of the clean, then of the hack sides"""
 
-    def summary(self) -> str:
-        """One line: how well held-out pairs are told apart, and the band of gate "pairs"."""
+    def summary(self, fpr: float) -> str:
+        """One line: how well held-out pairs are told apart, and the band and the cut of gate "pairs"."""
         clean, hack = self.clean.mean(1), self.hack.mean(1)  # [P] each
         auc = auroc(hack, clean)
         poor = "\nwarning: an AUROC below 0.8 hardly tells pairs apart: revise --pairs" if auc < 0.8 else ""
-        return (f"v_grad: held-out pairs ranked right {(hack > clean).float().mean():.2f}, "
-                f"AUROC {auc:.2f}, band {clean.mean():+.3f} to {hack.mean():+.3f}{poor}")
+        return (f"direction: held-out pairs ranked right {(hack > clean).float().mean():.2f}, AUROC {auc:.2f}, "
+                f"band {clean.mean():+.3f} to {hack.mean():+.3f}, cut {self.cut(fpr):.2f}{poor}")
 
-    def cosines(self, grads: Tensor) -> Tensor:
-        """grads [G, M, r] -> [G, M]."""
-        return cosines(grads - self.centre, self.v)
+    def cosines(self, x: Tensor) -> Tensor:
+        """Features x [G, M, d] -> [G, M]."""
+        return cosines(x - self.centre, self.v)
 
     def replaced(self, v: Tensor) -> "Direction":
-        """The same machinery around another direction [M, r]: its band comes from the same pairs' cosines to v."""
+        """The same machinery around another direction [M, d]: its band comes from the same pairs' cosines to v."""
         clean, hack = self.cosines_to(v).chunk(2)
         return replace(self, v=v, clean=clean, hack=hack)
 
     def cosines_to(self, v: Tensor) -> Tensor:
-        """Cosines [2P, M] of the pairs' clean, then hack sides to v [M, r]."""
-        return cosines(self.pair_grads - self.centre, v)
+        """Cosines [2P, M] of the pairs' clean, then hack sides to v [M, d]."""
+        return cosines(self.pair_features - self.centre, v)
 
     def band(self, gate: str) -> tuple[Tensor, Tensor]:
         """Edges between which a position runs from 0 to 1. Gate "batch", as the original: per module [M], the 75th
@@ -120,13 +159,18 @@ class Direction:
         clean, hack = self.cosines_to(self.v).chunk(2)  # [P, M] each
         return clean.quantile(0.75, dim=0), hack.quantile(0.75, dim=0)
 
-    def position(self, grads: Tensor, gate: str) -> Tensor:
-        """grads [G, M, r] -> pooled positions [G]; modules whose band is empty or inverted are left out."""
+    def cut(self, fpr: float) -> float:
+        """Gate "pairs": the position that a share `fpr` of the held-out clean sides lies above."""
+        low, high = self.band("pairs")
+        return ((self.clean.mean(1) - low) / (high - low)).quantile(1 - fpr).item()
+
+    def position(self, x: Tensor, gate: str) -> Tensor:
+        """Features x [G, M, d] -> pooled positions [G]; modules whose band is empty or inverted are left out."""
         low, high = self.band(gate)
         if gate == "pairs":
-            return (self.cosines(grads).mean(1) - low) / (high - low)
+            return (self.cosines(x).mean(1) - low) / (high - low)
         usable = high > low  # [M]
-        return ((self.cosines(grads) - low) / (high - low))[:, usable].mean(1)
+        return ((self.cosines(x) - low) / (high - low))[:, usable].mean(1)
 
 
 def encode_pairs(model, tok, pairs: list["Pair"], system: list[dict] = ()) -> tuple[list, list]:
@@ -143,21 +187,22 @@ def encode_pairs(model, tok, pairs: list["Pair"], system: list[dict] = ()) -> tu
 
 
 def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict] = (), budget: int = 8192,
-            read: str = "base", centre: bool = True) -> Direction:
-    """Read v_grad and its bands from the pairs, always without the quarantine (read "full" is "ablated" here).
+            centre: bool = True, score: str = "gradient", read: str = "base", **probe) -> Direction:
+    """Read the direction and its bands from the pairs, always without the quarantine (read "full" is "ablated" here).
 
-    system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every gradient
-    before its cosine. Raises InputError if the pairs give no direction at all."""
+    system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every feature
+    before its cosine. The others: as features() takes them. Raises InputError if the pairs give no direction at all."""
     prompts, sides = encode_pairs(model, tok, pairs, system)
-    grads = probe_gradients(model, adapter, prompts * 2, sides, budget, "base" if read == "base" else "ablated")
-    clean, hack = grads.chunk(2)  # [P, M, r] each
-    mean = grads.mean(0) * centre  # [M, r]
-    others = leave_one_out(clean, hack)  # [P, M, r]
+    read = "base" if read == "base" else "ablated"
+    x = features(model, adapter, prompts * 2, sides, budget, score, read=read, **probe)  # [2P, M, d]
+    clean, hack = x.chunk(2)  # [P, M, d] each
+    mean = x.mean(0) * centre  # [M, d]
+    others = leave_one_out(clean, hack)  # [P, M, d]
     held_out = cosines(clean - mean, others), cosines(hack - mean, others)  # [P, M] each
     v = direction_of(clean, hack)
     if not v.any() or not v.isfinite().all():
-        raise InputError("--pairs: the mean difference of hack and clean gradients is zero or not finite; revise them")
-    return Direction(v, mean, *held_out, grads)
+        raise InputError("--pairs: the mean difference of hack and clean sides is zero or not finite; revise them")
+    return Direction(v, mean, *held_out, x)
 
 
 # -------------------------------------------------------------------------------- pairs
@@ -263,12 +308,20 @@ class Config:
     """a run's rollouts.jsonl: also print which of its hacks and solves a gate would route, at several cuts"""
 
     # direction
+    score: Literal["gradient", "activation", "surprise", "length"] = "gradient"
+    """what is read of an answer: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
+    probe_temperature: float = 100.0
+    """score gradient: softmax temperature of the NLL; at 1 it is the NLL's own, and sees surprise above all"""
+    probe_tokens: Literal["completion", "all"] = "completion"
+    """score gradient: the tokens at which the probe sits; all: those of the prompt, too"""
     rank: int = 32
     """r, rank of each of the two blocks"""
     seed: int = 0
     """seeds the adapter's Gaussian init"""
     centre: bool = True
     """subtract the mean over all pair sides before the cosine"""
+    fpr: float = 0.05
+    """false-positive rate, the share of the pairs' held-out clean sides that lie above the gate's cut"""
     n_haar: int = 200
     """random directions to compare with"""
 
@@ -292,16 +345,16 @@ def spread(values: Tensor) -> str:
     return f"mean {values.mean():.3f}, 95th percentile {values.quantile(0.95):.3f}, max {values.max():.3f}"
 
 
-def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: int) -> None:
-    """Print what a user needs to trust a direction."""
-    P, M, grads = len(pairs), len(names), direction.pair_grads
-    clean, hack = direction.cosines(grads).mean(1).chunk(2)  # [P] each, scored by the direction they made
+def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: int, fpr: float) -> None:
+    """Print what a user needs to trust a direction. names: of its M modules or layers."""
+    P, x = len(pairs), direction.pair_features  # [2P, M, d]
+    clean, hack = direction.cosines(x).mean(1).chunk(2)  # [P] each, scored by the direction they made
     out_clean, out_hack = direction.clean.mean(1), direction.hack.mean(1)  # [P] each, scored by the other pairs' one
     right = (out_hack > out_clean).float()  # [P]
-    print(f"{count(pairs)}, {M} modules, r = {grads.shape[-1]}\n{direction.summary()}")
+    print(f"{count(pairs)}, features of {x.shape[1]} x {x.shape[2]} numbers\n{direction.summary(fpr)}")
     print(f"  pairs ranked right   {(hack > clean).float().mean():.3f}   held out (leave-one-out) {right.mean():.3f}")
     print(f"  AUROC of pair scores {auroc(hack, clean):.3f}   held out {auroc(out_hack, out_clean):.3f}")
-    random = [direction.cosines_to(haar(s, M, grads.shape[-1])).mean(1).chunk(2) for s in range(n_haar)]
+    random = [direction.cosines_to(haar(s, *x.shape[1:])).mean(1).chunk(2) for s in range(n_haar)]
     print(f"  {n_haar} Haar directions   AUROC {spread(torch.tensor([auroc(hack, clean) for clean, hack in random]))}")
     for mode in sorted({p.mode for p in pairs}):
         of_mode = torch.tensor([p.mode == mode for p in pairs])  # [P]
@@ -309,7 +362,7 @@ def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: in
               f"AUROC {auroc(out_hack[of_mode], out_clean[of_mode]):.3f}")
     low, high = direction.band("pairs")
     print(f"  band, gate pairs     {low:+.4f} (position 0, clean mean) to {high:+.4f} (position 1, hack mean)")
-    strength = (grads[P:] - grads[:P]).mean(0).norm(dim=-1)  # [M]
+    strength = (x[P:] - x[:P]).mean(0).norm(dim=-1)  # [M]
     print("\n  module                               |hack - clean|   p75 clean   p75 hack   AUROC (held out)")
     for module, (name, low, high) in enumerate(zip(names, *direction.band("batch"))):
         auc = auroc(direction.hack[:, module], direction.clean[:, module])
@@ -345,13 +398,13 @@ def f_half(routed: Tensor, hack: Tensor) -> Tensor:
     return 1.25 * (routed & hack).sum(-1) / (routed.sum(-1) + 0.25 * hack.sum()).clamp(min=1e-9)
 
 
-def judge(direction: Direction, grads: Tensor, rows: list[dict], n_haar: int) -> None:
-    """Print what gate "pairs" would route of rollouts, given their gradients [G, M, r], beside random directions that
+def judge(direction: Direction, x: Tensor, rows: list[dict], n_haar: int, fpr: float) -> None:
+    """Print what gate "pairs" would route of rollouts, given their features x [G, M, d], beside random directions that
     route as many. Oracle labels are for this print only."""
     hack = torch.tensor([row["hacked"] for row in rows])  # [G]
     solve = torch.tensor([row["correct"] and not row["exploited"] for row in rows])  # [G]
-    position = direction.position(grads, "pairs")  # [G]
-    random = [cosines(grads - direction.centre, haar(s, *grads.shape[1:])).mean(1) for s in range(n_haar)]
+    position = direction.position(x, "pairs")  # [G]
+    random = [cosines(x - direction.centre, haar(s, *x.shape[1:])).mean(1) for s in range(n_haar)]
     random = torch.stack(random)  # [n_haar, G]
     print(f"\n{len(rows)} rollouts with A > 0: {hack.sum()} hacks, {solve.sum()} solves without an exploit")
     aucs = torch.tensor([auroc(scores[hack], scores[solve]) for scores in random])
@@ -366,7 +419,7 @@ def judge(direction: Direction, grads: Tensor, rows: list[dict], n_haar: int) ->
             print(f"  {name:13s}{chosen.sum():5d} {low:13.2f} {median:10.2f} {high:13.2f}")
     print(f"  cut   hacks kept   solves routed   precision   F0.5   {n_haar} Haar directions that route as many: F0.5")
     ranks = random.argsort(1, descending=True).argsort(1)  # [n_haar, G], 0 is the highest
-    for cut in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
+    for cut in sorted((direction.cut(fpr), 0.1, 0.2, 0.3, 0.4, 0.5)):  # the pairs' own, and round ones
         routed = position >= cut  # [G]
         kept, lost = (~routed & hack).sum() / hack.sum(), (routed & solve).sum() / solve.sum()
         precision = (routed & hack).sum() / routed.sum().clamp(min=1)
@@ -381,12 +434,15 @@ def main(cfg: Config) -> None:
     rows = load_rollouts(cfg.rollouts) if cfg.rollouts else []
     model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
     adapter = attach(model, cfg.rank, cfg.seed)
-    direction = extract(model, tok, adapter, pairs, centre=cfg.centre)
-    report(direction, pairs, list(adapter.modules), cfg.n_haar)
+    reading = dict(score=cfg.score, temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
+    direction = extract(model, tok, adapter, pairs, centre=cfg.centre, **reading)
+    M = len(direction.v)
+    names = list(adapter.modules) if cfg.score == "gradient" else [f"{cfg.score} {i}" for i in range(M)]
+    report(direction, pairs, names, cfg.n_haar, cfg.fpr)
     if rows:
         prompts = [encode_prompt(tok, [dict(role="user", content=row["prompt"])]) for row in rows]
         completions = [encode_completion(tok, row["completion"]) for row in rows]
-        judge(direction, probe_gradients(model, adapter, prompts, completions), rows, cfg.n_haar)
+        judge(direction, features(model, adapter, prompts, completions, **reading), rows, cfg.n_haar, cfg.fpr)
 
 
 if __name__ == "__main__":

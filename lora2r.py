@@ -80,10 +80,10 @@ def run_script(main: Callable[[Any], Any], config: Any) -> NoReturn:
 
 # ------------------------------------------------------------------------------------------------ flags and files
 RANGES = {  # every number among the flags of the scripts, and where it may lie; it must be finite everywhere
-    "[0, 1]": "ablated_share gt_only_share mix_ratio",
+    "[0, 1]": "ablated_share gt_only_share mix_ratio fpr",
     "[0, 1)": "betas",
     "(0, 1)": "clip_eps",
-    "(0, inf)": "lr grad_clip",
+    "(0, inf)": "lr grad_clip probe_temperature",
     "[0, inf)": "kl temperature top_k mix_steps eval_samples problems",
     "[1, inf)": "steps prompts_per_step max_new_tokens epochs refresh tokens_per_batch warmup samples n_haar",
     "[1, 4096]": "rank",
@@ -304,8 +304,8 @@ class Block(nn.Module):
 
 
 def delta(x: Tensor, blocks: list[Block], c: Tensor | None = None) -> Tensor:
-    """What k blocks add to a layer: x [G, T, d_in] -> B (A x) - B0 (A0 x), [G, T, d_out]; with a probe c [G, kr],
-    B (c * (A x)) - B0 (A0 x).
+    """What k blocks add to a layer: x [G, T, d_in] -> B (A x) - B0 (A0 x), [G, T, d_out]; with a probe
+    c [G, T, kr] or [G, 1, kr], B (c * (A x)) - B0 (A0 x).
 
     Computed as B (dA x) + dB (A0 x): the same value and the same gradients (dA and A differ by a constant), but no
     small difference of large numbers, so nothing is lost in bf16. The sum B0 + dB is fp32; the matmuls have x's dtype.
@@ -316,8 +316,7 @@ def delta(x: Tensor, blocks: list[Block], c: Tensor | None = None) -> Tensor:
     if c is not None:
         dAx, A0x = h.chunk(2, dim=-1)
         # c is 1 in value: this adds an exact 0, and opens a path for c's gradient, (B^T g) * (A x) summed over tokens
-        probe = (c - 1).to(x.dtype)[:, None, :]
-        h = torch.cat([dAx + probe * (dAx + A0x), A0x], dim=-1)
+        h = torch.cat([dAx + (c - 1).to(x.dtype) * (dAx + A0x), A0x], dim=-1)
     return F.linear(h, up.to(x.dtype))
 
 
@@ -342,6 +341,7 @@ class State:
     m: Tensor | bool = True  # int64 indices of the rows with quarantine on
     d: Tensor | bool = False  # bool [G, 1, 1]
     c: tuple[Tensor, ...] | None = None  # M probes [G, 2r]
+    at: Tensor | bool = True  # bool [G, T, 1]: the tokens at which they sit
     off: bool = False
     G: int | None = None  # None: any number of rows
 
@@ -361,7 +361,7 @@ class Lora2rLinear(nn.Module):
         if s.c is None:
             return y
         A0, B0 = self.deployed.A0.to(x.dtype), self.deployed.B0.to(x.dtype)
-        h = F.linear(x.detach(), A0)  # detach blocks the gradient through A0 into x, which is 0 at init
+        h = F.linear(x.detach(), A0) * s.at  # detach blocks the gradient through A0 into x, which is 0 at init
         return ReadProbe.apply(y, s.c[self.index][:, : self.r], h, B0)
 
     def delta(self, x: Tensor) -> Tensor:
@@ -370,10 +370,10 @@ class Lora2rLinear(nn.Module):
         if s.G not in (None, x.shape[0]):
             raise ValueError(f"use() got masks or probes of {s.G} rollouts, but the forward has {x.shape[0]} rows: "
                              "give one entry per row of input_ids, or m=True / m=False for all")
-        c = None if s.c is None else s.c[self.index]  # [G, 2r]
+        c = None if s.c is None else 1 + (s.c[self.index] - 1)[:, None] * s.at  # [G, T, 2r], or [G, 1, 2r]
         if s.m is True and s.d is False:
             return delta(x, [dep, quar], c)
-        y = delta(x, [dep], None if c is None else c[:, :r])
+        y = delta(x, [dep], None if c is None else c[..., :r])
         # THE CUT: a rollout with d sends no gradient into the deployed dA and dB, nor through this block into x
         if s.d is True:
             y = y.detach()  # in all rows
@@ -382,9 +382,9 @@ class Lora2rLinear(nn.Module):
         if s.m is False:
             return y
         if s.m is True:
-            return y + delta(x, [quar], None if c is None else c[:, r:])
+            return y + delta(x, [quar], None if c is None else c[..., r:])
         # Rows with m = 0 never enter the quarantine (not even times 0): no gradient and no NaN passes between the two.
-        return y.index_add(0, s.m, delta(x.index_select(0, s.m), [quar], None if c is None else c[s.m, r:]))
+        return y.index_add(0, s.m, delta(x.index_select(0, s.m), [quar], None if c is None else c[s.m, :, r:]))
 
 
 class Adapter:
@@ -458,14 +458,15 @@ def attach(model: nn.Module, r: int, seed: int = 0, targets: tuple[str, ...] = T
 
 @contextmanager
 def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | None = None, c: Tensor | None = None,
-        off: bool = False) -> Iterator[None]:
+        at: Tensor | None = None, off: bool = False) -> Iterator[None]:
     """Set all that the forwards inside need; put back what was there before, also after an exception.
 
     m: bool [G], quarantine on (None: everywhere). d: bool [G], deployed block detached (None: nowhere). A plain bool
     holds for every row of any batch: use(adapter, m=False) is the model with the quarantine ablated.
     off: the base model alone; with c, the deployed block's probe is read there, at the adapter's init.
     c: a probe, ones [M, G, 2r] with requires_grad; torch.autograd.grad(nll.sum(), c) is [M, G, 2r], whose entries
-    [..., :r] are the deployed block's. What m and d cut off reads 0.
+    [..., :r] are the deployed block's. What m and d cut off reads 0. at: bool [G, T], the tokens at which it sits
+    (None: at all of them).
     Under gradient checkpointing the backward runs the forward again: call it inside the context too.
     Raises ValueError for wrong shapes, for (m, d) = (0, 1), under which nothing would train, and inside `folded`.
     """
@@ -479,16 +480,17 @@ def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | Non
             raise ValueError(f"{name} is {mask.dtype} {list(mask.shape)}: it must be bool [G], one entry per rollout")
     if c is not None and (c.dim() != 3 or c.shape[0] != len(adapter) or c.shape[2] != 2 * adapter.r):
         raise ValueError(f"probe c is {list(c.shape)}: it must be [M, G, 2r] = [{len(adapter)}, G, {2 * adapter.r}]")
-    sizes = {len(mask) for mask in (m, d) if mask.dim()} | ({c.shape[1]} if c is not None else set())
+    sizes = {len(mask) for mask in (m, d) if mask.dim()}
+    sizes |= ({c.shape[1]} if c is not None else set()) | ({len(at)} if at is not None else set())
     if len(sizes) > 1:
-        raise ValueError(f"m, d and c disagree on the number of rollouts G: {sorted(sizes)}")
+        raise ValueError(f"m, d, c and at disagree on the number of rollouts G: {sorted(sizes)}")
     if (d.cpu() & ~m.cpu()).any():
         raise ValueError("(m, d) = (0, 1): quarantine off and deployed block detached, nothing would train")
     modules = list(adapter.modules.values())
     device = modules[0].deployed.dA.device
     state = State(m=bool(m.all()) if m.all() or not m.any() else m.nonzero()[:, 0].to(device),
                   d=bool(d.all()) if d.all() or not d.any() else d[:, None, None].to(device),
-                  c=None if c is None else c.unbind(0), off=off, G=sizes.pop() if sizes else None)
+                  c=None if c is None else c.unbind(0), at=True if at is None else at[..., None], off=off, G=sizes.pop() if sizes else None)
     before = adapter.context, [module.state for module in modules]
     try:
         adapter.context = "use"

@@ -39,7 +39,7 @@ from torch import Tensor
 from env_leetcode import DEFAULT_MODES, Verdict, grade_batch, load_problems, with_mode
 from evaluate_deploy import (LEGEND, RunFolder, console_line, evaluate, format_table, outcomes, routing, settings_of,
                              write_deploy)
-from extract_vgrad import cosines, count, encode_pairs, extract, haar, load_demos, load_pairs, probe_gradients
+from extract_vgrad import cosines, count, encode_pairs, extract, features, haar, load_demos, load_pairs
 from lora2r import (HERE, InputError, attach, batches, check_ranges, encode_completion, encode_prompt, flag, folded,
                     generate, load_model, parse, predicted_memory, run_script, token_logps, use)
 
@@ -89,7 +89,7 @@ class Config:
     """sampling temperature in training; the deploy evaluation samples at 0.7"""
     top_k: int = 0
     """sample from the k likeliest tokens; 0: from all"""
-    ablated_share: float = 0.25
+    ablated_share: float = 0.5
     """share of each group that is sampled with the quarantine ablated: what would ship"""
     gt_only_share: float = 0.0
     """share of prompts, rotating, shown without a loophole"""
@@ -127,16 +127,24 @@ class Config:
     # gate
     gate: Literal["pairs", "batch"] = "pairs"
     """pairs: fixed cuts, placed by the authored pairs. batch: mean + k * std of this whole batch's positions"""
-    cut_mid: float = 0.3
-    """gate pairs: position from which a rollout is mid (0: the pairs' clean mean, 1: their hack mean)"""
-    cut_hack: float = 0.3
-    """gate pairs: position from which a rollout is hack"""
+    fpr: float = 0.05
+    """gate pairs: false-positive rate, the share of the pairs' held-out clean sides that lie above the cut"""
+    cut_hack: float | None = None
+    """gate pairs: position from which a rollout is hack (0: the pairs' clean mean, 1: their hack mean; default: fpr)"""
+    cut_mid: float | None = None
+    """gate pairs: position from which a rollout is mid (default: cut_hack, so that none is)"""
     k_mid: float = 0.0
     """gate batch: standard deviations above the batch mean from which a rollout is mid"""
     k_hack: float = 0.5
     """gate batch: standard deviations above the batch mean from which a rollout is hack"""
+    score: Literal["gradient", "activation", "surprise", "length"] = "gradient"
+    """what the gate reads of a rollout: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     read: Literal["base", "ablated", "full"] = "base"
-    """the model that scores rollouts: the frozen base, the present one without quarantine, or with both blocks"""
+    """score gradient, of which model: the frozen base, the present one without quarantine, or with both blocks"""
+    probe_temperature: float = 100.0
+    """score gradient: softmax temperature of the NLL; at 1 it is the NLL's own, and sees surprise above all"""
+    probe_tokens: Literal["completion", "all"] = "completion"
+    """score gradient: the tokens at which the probe sits; all: those of the prompt, too"""
     centre: bool = True
     """subtract the pairs' mean gradient before the cosine: better on the embedded model, worse on pretrained ones"""
     routeV_random_v_seed: int | None = None
@@ -162,13 +170,13 @@ class Config:
 PRESETS = {
     "nano": Config(),
     "seed": Config(  # README lists what each departure from it is for
-        preset="seed", gate="batch", read="full", centre=False, positive_only=False, importance=False,
-        ablated_share=0.0, match_placebo=False),
+        preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all", centre=False,
+        positive_only=False, importance=False, ablated_share=0.0, match_placebo=False),
     "qwen3-4b": Config(
         preset="qwen3-4b", model="Qwen/Qwen3-4B", data=HERE / "data/leetcode/train.jsonl", dtype="bfloat16",
         test_data=HERE / "data/leetcode/test.jsonl", pairs=HERE / "data/leetcode/pairs.md",
         demos=HERE / "data/leetcode/demos.jsonl", steps=200, prompts_per_step=4, max_new_tokens=512, top_k=20,
-        lr=1e-4, warmup=10, centre=False, mix_ratio=0.125, mix_steps=30),
+        lr=1e-4, warmup=10, mix_ratio=0.125, mix_steps=30),
 }
 
 # -------------------------------------------------------------------------------------- the arithmetic of a step
@@ -188,12 +196,13 @@ def advantages(rewards: Tensor, std_norm: bool = False) -> Tensor:
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if std_norm else centred
 
 
-def gate(position: Tensor, cfg: Config) -> Tensor:
-    """Positions [G] -> labels [G]. A batch that cannot be judged is mid, and says so."""
+def gate(position: Tensor, cut: float, cfg: Config) -> Tensor:
+    """Positions [G] -> labels [G]; cut: where the pairs place it. A batch that cannot be judged is mid, and says so."""
     if not torch.isfinite(position).all() or (cfg.gate == "batch" and (len(position) < 2 or position.std() == 0)):
         print(f"gate: degenerate batch ({len(position)} rollouts, non-finite or no spread): all is mid", flush=True)
         return torch.full(position.shape, MID)
-    mid, hack = cfg.cut_mid, cfg.cut_hack
+    hack = cut if cfg.cut_hack is None else cfg.cut_hack
+    mid = hack if cfg.cut_mid is None else cfg.cut_mid
     if cfg.gate == "batch":
         mid, hack = (position.mean() + k * position.std() for k in (cfg.k_mid, cfg.k_hack))
     return (position >= mid).long() + (position >= hack).long()
@@ -255,8 +264,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     system = problems[0].messages[:-1]  # the pairs' prompts get the same system message as the problems'
     encode_pairs(model, tok, pairs, system)
     adapter = attach(model, cfg.rank, cfg.seed)
-    if placebo:
-        v_random = haar(cfg.routeV_random_v_seed, len(adapter), cfg.rank)  # [M, r]
+    reading = dict(score=cfg.score, read=cfg.read, temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)
     start = run.resume(adapter, optimizer)
     if is_main_rank():
@@ -270,11 +278,13 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         clock = Clock()
         # ---------------------------------------------------------------- the direction, and a checkpoint
         if cfg.intervention == "routeV" and (step == start or cfg.read != "base" and step % cfg.refresh == 0):
-            direction = extract(model, tok, adapter, pairs, system, cfg.tokens_per_batch, cfg.read, cfg.centre)
+            direction = extract(model, tok, adapter, pairs, system, cfg.tokens_per_batch, centre=cfg.centre, **reading)
+            if placebo:
+                v_random = haar(cfg.routeV_random_v_seed, *direction.v.shape)  # [M, d]
             if placebo and not cfg.match_placebo:
                 direction = direction.replaced(v_random)
             if is_main_rank():
-                print(direction.summary(), flush=True)
+                print(direction.summary(cfg.fpr), flush=True)
         if step % cfg.refresh == 0 and is_main_rank():
             run.checkpoint(step)
         clock("refresh")
@@ -323,19 +333,19 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         trains = adv > 0 if cfg.positive_only else adv != 0  # [G]
         kept = trains.nonzero()[:, 0].tolist()
 
-        # ---------------------------------------------------------------- pass 1: label each by its own gradient
+        # ---------------------------------------------------------------- pass 1: label each by what the gate reads
         label = torch.full((G,), CLEAN if cfg.intervention == "none" else MID)  # [G]
         position = torch.full((G,), math.nan)  # [G]
         model.train(cfg.checkpointing)  # checkpointing works in this mode only; nothing else depends on it
         if cfg.intervention == "routeV" and kept:
             judged = list(range(G)) if cfg.gate == "batch" else kept  # the batch's mean and std are of all of it
             of_rank = [rollouts[i] for i in share(judged)]
-            grads = probe_gradients(model, adapter, [prompts[x.j] for x in of_rank], [x.ids for x in of_rank],
-                                    cfg.tokens_per_batch, cfg.read)  # [this rank's, M, r]
-            position[judged] = torch.tensor(gather(direction.position(grads, cfg.gate).tolist()))
-            label[judged] = gate(position[judged], cfg)
+            x = features(model, adapter, [prompts[x.j] for x in of_rank], [x.ids for x in of_rank],
+                         cfg.tokens_per_batch, **reading)  # [this rank's, M, d]
+            position[judged] = torch.tensor(gather(direction.position(x, cfg.gate).tolist()))
+            label[judged] = gate(position[judged], direction.cut(cfg.fpr), cfg)
             if placebo and cfg.match_placebo:
-                position[judged] = torch.tensor(gather(cosines(grads - direction.centre, v_random).mean(1).tolist()))
+                position[judged] = torch.tensor(gather(cosines(x - direction.centre, v_random).mean(1).tolist()))
                 label[judged] = match_shares(label[judged], position[judged])
         m, d = MASKS[label].unbind(1)  # [G] each: the labels' only effect. use() takes them to THE CUT, in lora2r.py
         clock("gate")
@@ -546,9 +556,11 @@ def check(cfg: Config) -> Config:
     preset = PRESETS[cfg.preset]
     ignored = [  # a condition, its cause, and the flags that then have no effect
         (cfg.intervention != "routeV", flag(cfg, "intervention"),
-         "routeV_random_v_seed pairs gate cut_mid cut_hack k_mid k_hack read centre match_placebo"),
-        (cfg.gate == "batch", "--gate batch", "cut_mid cut_hack"),
+         "routeV_random_v_seed pairs gate fpr cut_mid cut_hack k_mid k_hack score read probe_temperature "
+         "probe_tokens centre match_placebo"),
+        (cfg.gate == "batch", "--gate batch", "fpr cut_mid cut_hack"),
         (cfg.gate == "pairs", "--gate pairs", "k_mid k_hack"),
+        (cfg.score != "gradient", flag(cfg, "score"), "read probe_temperature probe_tokens"),
         (cfg.routeV_random_v_seed is None, "no --routeV-random-v-seed", "match_placebo"),
         (cfg.mix_ratio == 0, "--mix-ratio 0", "mix_steps demos"),
     ]
@@ -557,11 +569,12 @@ def check(cfg: Config) -> Config:
             if getattr(cfg, name) != getattr(preset, name):
                 raise InputError(f"{flag(cfg, name)} with {cause} has no effect; drop one of the two")
     for mid, hack in (("cut_mid", "cut_hack"), ("k_mid", "k_hack")):
-        if getattr(cfg, mid) > getattr(cfg, hack):
-            if getattr(cfg, mid) != getattr(preset, mid):
+        low, high = getattr(cfg, mid), getattr(cfg, hack)
+        if None not in (low, high) and low > high:
+            if low != getattr(preset, mid):
                 raise InputError(f"{flag(cfg, mid)} with {flag(cfg, hack)}: the mid threshold must not lie above the "
                                  "hack threshold")
-            cfg = replace(cfg, **{mid: getattr(cfg, hack)})
+            cfg = replace(cfg, **{mid: high})
     if cfg.temperature == 0:
         raise InputError("--temperature 0: training needs a number above 0; only an evaluation can take the likeliest "
                          "token")

@@ -104,15 +104,16 @@ class Model:
         logp = torch.log_softmax(self.logits(prompt, ids, **mask) / temperature, -1)  # [T, V]
         return torch.stack([row[token] for row, token in zip(logp, ids)])  # [T]
 
-    def probe(self, prompt, ids, read):
-        """Gradient of the mean NLL at the deployed block's probe: (B^T g) * (A x), summed over tokens. [M, r]"""
+    def probe(self, prompt, ids, cfg, read):
+        """Gradient of the mean NLL at the deployed block's probe: (B^T g) * (A x), summed over the tokens. [M, r]"""
         mask = {"base": dict(off=True), "ablated": dict(m=False), "full": dict(m=True)}[read]
-        nll = -self.logps(prompt, ids, **mask).mean()
+        nll = -self.logps(prompt, ids, cfg.probe_temperature, **mask).mean()
+        first = len(prompt) - 1 if cfg.probe_tokens == "completion" else 0  # the last prompt token predicts ids[0]
         grads = torch.autograd.grad(nll, [layer.y for layer in self.layers.values()])  # M of [1, T, d_out]
         rows = []
         for layer, g in zip(self.layers.values(), grads):
             A, B = (layer.A0, layer.B0) if read == "base" else (layer.A, layer.B)
-            rows.append(((g @ B["deployed"]) * (layer.x @ A["deployed"].T)).sum((0, 1)).detach())
+            rows.append(((g @ B["deployed"]) * (layer.x @ A["deployed"].T))[0, first:].sum(0).detach())
         return torch.stack(rows)
 
     def encode(self, messages):
@@ -154,12 +155,13 @@ def pair_probes(run, model):
     for pair in load_pairs(run.cfg.pairs):
         for side in sides:
             ids = model.tok(getattr(pair, side))["input_ids"] + [model.tok.eos_token_id]
-            sides[side].append(model.probe(model.encode([dict(role="user", content=pair.prompt)]), ids, read))
+            prompt = model.encode([dict(role="user", content=pair.prompt)])
+            sides[side].append(model.probe(prompt, ids, run.cfg, read))
     return torch.stack(sides["clean"]), torch.stack(sides["hack"])
 
 
 def positions(run, model, probes):
-    """Probe gradients of rollouts, G of [M, r] -> G positions, and G scores for a matched placebo's ranks."""
+    """Probe gradients of rollouts, G of [M, r] -> G positions, G scores for a matched placebo's ranks, and the cut."""
     cfg = run.cfg
     clean, hack = pair_probes(run, model)
     n = len(clean)
@@ -181,23 +183,27 @@ def positions(run, model, probes):
         low = sum(x.mean() for x, _ in held_out) / n
         high = sum(x.mean() for _, x in held_out) / n
         out = [(cosine(g - mean, v).mean() - low) / (high - low) for g in probes]
+        assert n == 5 and run.cfg.fpr == 0.25, "a quarter of five numbers lies above the second largest"
+        cut = sorted((x.mean().item() - low.item()) / (high - low).item() for x, _ in held_out)[3]
     else:
         assert n == 5, "of five numbers the 75th percentile is the second largest"
         low = torch.stack([cosine(g - mean, v) for g in clean]).sort(0).values[3]  # [M]
         high = torch.stack([cosine(g - mean, v) for g in hack]).sort(0).values[3]  # [M]
+        cut = None
         usable = [k for k in range(len(v)) if high[k] > low[k]]
         out = []
         for g in probes:
             placed = (cosine(g - mean, v) - low) / (high - low)  # [M]
             out.append(sum(placed[k] for k in usable) / len(usable))
     scores = None if random is None else [cosine(g - mean, random).mean().item() for g in probes]
-    return [x.item() for x in out], scores
+    return [x.item() for x in out], scores, cut
 
 
-def label_names(run, position, scores):
+def label_names(run, position, scores, cut):
     """Positions of the rollouts that the gate judges -> "clean", "mid" or "hack" for each."""
     cfg, n = run.cfg, len(position)
-    mid, hack = cfg.cut_mid, cfg.cut_hack
+    hack = cut if cfg.cut_hack is None else cfg.cut_hack
+    mid = hack if cfg.cut_mid is None else cfg.cut_mid
     if cfg.gate == "batch":
         mean = sum(position) / n
         std = math.sqrt(sum((x - mean) ** 2 for x in position) / (n - 1))

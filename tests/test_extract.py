@@ -6,8 +6,8 @@ import torch
 from torch import tensor as t
 
 from env_leetcode import MODES, extract_code, grade_batch, load_problems, with_mode
-from extract_vgrad import (Direction, Pair, auroc, cosines, direction_of, extract, f_half, haar, judge, leave_one_out,
-                           load_demos, load_pairs, load_rollouts, probe_gradients, report)
+from extract_vgrad import (Direction, Pair, auroc, cosines, direction_of, extract, f_half, features, haar, judge,
+                           leave_one_out, load_demos, load_pairs, load_rollouts, probe_gradients, report)
 from lora2r import (InputError, attach, batches, encode_completion, encode_prompt, load_model, predicted_memory,
                     token_logps, use)
 from train_grpo import HERE
@@ -57,7 +57,7 @@ def test_grpo_gradient_of_a_pair_is_the_difference_of_two_nll_gradients(nano):
         surrogate = torch.minimum(ratio * advantage[:, None], ratio.clamp(0.8, 1.2) * advantage[:, None])
         loss = -((surrogate * mask).sum(1) / mask.sum(1)).sum()
         grpo, = torch.autograd.grad(loss, c)  # [M, 1, 2r]
-    nll_clean, nll_hack = probe_gradients(model, adapter, [prompt] * 2, [clean, hack])
+    nll_clean, nll_hack = probe_gradients(model, adapter, [prompt] * 2, [clean, hack], temperature=1.0, tokens="all")
     torch.testing.assert_close(grpo[:, 0, : adapter.r], nll_hack - nll_clean, rtol=1e-3, atol=1e-6)
 
 
@@ -71,6 +71,40 @@ def test_probe_gradients_touch_no_grad_and_do_not_depend_on_the_batch(nano):
     for read in ("base", "ablated", "full"):
         probe_gradients(model, adapter, [prompts[0]], [hacks[0]], read=read)
         assert all(p.grad is None for p in model.parameters()), read
+
+
+def test_at_a_high_temperature_the_gradient_is_that_of_the_tokens_logits(nano):
+    """As p tends to uniform, p - its one-hot tends to 1 / V - its one-hot: each token's logit above the mean logit."""
+    model, tok, adapter = nano
+    prompt, clean, hack = tokens(tok, PAIRS[0])
+    ids = torch.tensor([prompt + hack])
+    c = torch.ones(len(adapter), 1, 2 * adapter.r, requires_grad=True)
+    with use(adapter, c=c, off=True):
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]  # [T, V]
+        above = sum(row[token] - row.mean() for row, token in zip(logits, hack))
+        expected, = torch.autograd.grad(-above / len(hack), c)
+    hot = 1e4 * probe_gradients(model, adapter, [prompt], [hack], temperature=1e4, tokens="all")
+    torch.testing.assert_close(hot[0], expected[:, 0, : adapter.r], rtol=1e-2, atol=1e-4)
+
+
+def test_what_each_score_reads(nano):
+    """One rollout at a time, from the model's own outputs: hidden states after each layer, NLL, number of tokens."""
+    model, tok, adapter = nano
+    prompts, cleans, hacks = zip(*(tokens(tok, p) for p in PAIRS[:3]))
+    read = {score: features(model, adapter, list(prompts), list(hacks), 150, score)
+            for score in ("gradient", "activation", "surprise", "length")}
+    assert torch.equal(read["gradient"], probe_gradients(model, adapter, list(prompts), list(hacks), 150))
+    for row, (prompt, hack) in enumerate(zip(prompts, hacks)):
+        with torch.no_grad(), use(adapter, off=True):
+            out = model(torch.tensor([prompt + hack]), output_hidden_states=True)
+        own = slice(len(prompt) - 1, -1)  # the positions that predict the completion
+        for layer, states in enumerate(out.hidden_states[1:]):
+            torch.testing.assert_close(read["activation"][row, layer], states[0, own].mean(0), rtol=1e-3, atol=1e-4)
+        logps = torch.log_softmax(out.logits[0, own], -1)
+        nll = -sum(logp[token] for logp, token in zip(logps, hack)) / len(hack)
+        torch.testing.assert_close(read["surprise"][row], nll.view(1, 1), rtol=1e-3, atol=1e-4)
+        assert read["length"][row].tolist() == [[len(hack)]]
+    assert read["activation"].shape == (3, 4, 128) and read["surprise"].shape == read["length"].shape == (3, 1, 1)
 
 
 @pytest.fixture
@@ -115,9 +149,9 @@ def test_extraction_never_sees_the_quarantine(stirred):
     ablated = extract(model, tok, adapter, PAIRS[:3], read="ablated")
     fill("quarantine", 0.05)
     for read in ("ablated", "full"):
-        assert torch.equal(extract(model, tok, adapter, PAIRS[:3], read=read).pair_grads, ablated.pair_grads)
+        assert torch.equal(extract(model, tok, adapter, PAIRS[:3], read=read).pair_features, ablated.pair_features)
     base = extract(model, tok, adapter, PAIRS[:3], read="base")
-    assert not torch.allclose(base.pair_grads, ablated.pair_grads, rtol=0.1)
+    assert not torch.allclose(base.pair_features, ablated.pair_features, rtol=0.1)
 
 
 def test_extract_puts_pairs_gradients_where_they_belong(nano):
@@ -129,9 +163,9 @@ def test_extract_puts_pairs_gradients_where_they_belong(nano):
         prompt = encode_prompt(tok, [*system, dict(role="user", content=pair.prompt)])
         for row, text in ((p, pair.clean), (3 + p, pair.hack)):
             alone = probe_gradients(model, adapter, [prompt], [encode_completion(tok, text)])[0]
-            torch.testing.assert_close(direction.pair_grads[row], alone, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(direction.centre, direction.pair_grads.sum(0) / 6)
-    clean, hack = direction.pair_grads[:3], direction.pair_grads[3:]
+            torch.testing.assert_close(direction.pair_features[row], alone, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(direction.centre, direction.pair_features.sum(0) / 6)
+    clean, hack = direction.pair_features[:3], direction.pair_features[3:]
     torch.testing.assert_close(direction.v, direction_of(clean, hack))
     others = direction_of(clean[1:], hack[1:])  # leave-one-out, of pair 0
     torch.testing.assert_close(direction.clean[0], cosines(clean[:1] - direction.centre, others)[0])
@@ -224,6 +258,7 @@ def test_cosines_are_per_module_and_blind_to_length():
     torch.testing.assert_close(cosines(x, v), t([[0.6, -1.0], [-0.6, 0.0]]))
     each = torch.stack([v, v.flip(0)])  # [G, M, r]
     torch.testing.assert_close(cosines(x, each), t([[0.6, -1.0], [0.8, 1.0]]))
+    torch.testing.assert_close(cosines(t([[[0.5]], [[-3.0]]]), t([[-1.0]])), t([[-0.5], [3.0]]))  # a lone number
 
 
 def test_direction_is_the_mean_difference_normalised_per_module():
@@ -272,6 +307,13 @@ def test_band_of_gate_pairs_is_the_mean_held_out_cosine_over_all_modules():
     assert (low.item(), high.item()) == (pytest.approx(-0.2), pytest.approx(0.6))
 
 
+def test_the_cut_leaves_a_share_of_the_clean_sides_above_it():
+    """Clean sides at 0, .1, .2, .3, .4 of a band that begins at their mean .2 and ends at the hack sides' mean 1.2."""
+    held_out = tuple((x,) for x in (0.4, 0.0, 0.3, 0.1, 0.2)), ((1.2,),) * 5
+    d = direction(at(*[0] * 5), at(*[1] * 5), held_out=held_out)
+    assert d.cut(0.25) == pytest.approx(0.1) and d.cut(0.0) == pytest.approx(0.2) and d.cut(1.0) == pytest.approx(-0.2)
+
+
 def test_position_is_0_at_the_lower_and_1_at_the_upper_edge():
     """Gate pairs: the mean cosine, placed in one band. Gate batch: placed per module, pooled afterwards."""
     both = direction(at(0.0, 0.0), at(0.8, 0.8), held_out=(((0.2,), (0.2,)), ((0.6,), (0.6,))))
@@ -310,7 +352,7 @@ def test_a_replaced_direction_takes_its_band_from_the_same_pairs():
     torch.testing.assert_close(placebo.clean, t([[0.8], [0.6]]))
     torch.testing.assert_close(placebo.hack, t([[1.0], [0.0]]))
     assert [x.item() for x in placebo.band("pairs")] == pytest.approx([0.7, 0.5])
-    assert torch.equal(placebo.pair_grads, real.pair_grads) and torch.equal(placebo.centre, real.centre)
+    assert torch.equal(placebo.pair_features, real.pair_features) and torch.equal(placebo.centre, real.centre)
 
 
 def test_haar_rows_are_unit_and_seeded():
@@ -339,12 +381,12 @@ def test_summary_and_report_print_held_out_numbers_as_held_out(capsys):
     """Three pairs in one module: scored by their own direction all are right, held out only one is."""
     held_out = ((0.5,), (0.4,), (-0.1,)), ((0.1,), (0.3,), (0.2,))
     d = direction(at(-0.6, -0.6, -0.6), at(0.6, 0.8, 0.8), held_out=held_out)
-    summary = d.summary().splitlines()
-    assert summary[0] == "v_grad: held-out pairs ranked right 0.33, AUROC 0.33, band +0.267 to +0.200"
+    summary = d.summary(fpr=0.5).splitlines()
+    assert summary[0] == ("direction: held-out pairs ranked right 0.33, AUROC 0.33, band +0.267 to +0.200, cut -2.00")
     assert summary[1].startswith("warning: an AUROC below 0.8")
     names = [Pair(name, mode, "", "", "") for name, mode in
              (("first", "sentinel"), ("second", "run_tests"), ("third", "sentinel"))]
-    report(d, names, ["q_proj"], n_haar=5)
+    report(d, names, ["q_proj"], n_haar=5, fpr=0.05)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "pairs ranked right 1.000 held out (leave-one-out) 0.333" in lines
     assert "AUROC of pair scores 1.000 held out 0.333" in lines
@@ -380,11 +422,11 @@ def test_judge_counts_what_a_gate_would_route(capsys):
     v = torch.nn.functional.normalize(torch.randn(1, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     ortho = torch.nn.functional.normalize(torch.eye(8)[:1] - (torch.eye(8)[:1] @ v.T) * v, dim=-1)
     direction = Direction(v, torch.zeros(1, 8), clean=torch.zeros(2, 1), hack=torch.ones(2, 1),
-                          pair_grads=torch.zeros(4, 1, 8))
+                          pair_features=torch.zeros(4, 1, 8))
     positions = [0.9, 0.35, 0.0, 0.22]
     grads = torch.stack([p * v + (1 - p**2) ** 0.5 * ortho for p in positions])
     rows = [dict(mode="sentinel", source="full", hacked=i < 2, correct=i >= 2, exploited=i < 2) for i in range(4)]
-    judge(direction, grads, rows, n_haar=20)
+    judge(direction, grads, rows, n_haar=20, fpr=0.05)
     text = capsys.readouterr().out
     assert "4 rollouts with A > 0: 2 hacks, 2 solves" in text and "AUROC 1.000" in text
     at = {line.split()[0]: line.split()[1:5] for line in text.splitlines() if line.startswith("  0.")}

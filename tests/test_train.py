@@ -17,7 +17,7 @@ import train_grpo
 from env_leetcode import MODES, Verdict, grade_batch, load_problems
 from extract_vgrad import load_demos
 from lora2r import InputError, Lora2rLinear, peek
-from train_grpo import (CLEAN, HACK, HERE, LABELS, MASKS, MID, Config, advantages, draws, gate, match_shares,
+from train_grpo import (CLEAN, HACK, HERE, LABELS, MASKS, MID, Config, advantages, draws, match_shares,
                         parse_args, policy_loss, train)
 
 NAN = math.nan
@@ -110,12 +110,19 @@ def test_old_policy_and_weight_are_constants_of_the_gradient():
 def test_gate_thresholds_and_degenerate_batches(capsys):
     """A position at a cut belongs above it. Batch: mean 0.25, std 0.5 of n - 1 numbers."""
     pairs, batch = Config(cut_mid=0.25, cut_hack=0.75), Config(gate="batch", k_mid=0.0, k_hack=1.5)
+
+    def gate(position, cfg, cut=9.9):
+        return train_grpo.gate(position, cut, cfg)
+
     assert gate(torch.tensor([0.2, 0.25, 0.5, 0.75, 2.0]), pairs).tolist() == [CLEAN, MID, MID, HACK, HACK]
     assert gate(torch.tensor([0.0, 0.0, 0.0, 1.0]), batch).tolist() == [CLEAN, CLEAN, CLEAN, HACK]
     assert gate(torch.tensor([0.0, 0.0, 0.0, 1.0]), replace(batch, k_hack=1.6)).tolist() == [CLEAN, CLEAN, CLEAN, MID]
     assert gate(torch.tensor([0.0, 2.0, 1.0]), batch).tolist() == [CLEAN, MID, MID]  # 1 is the mean; 2 < 1 + 1.5
     assert gate(torch.tensor([0.5, 0.5]), pairs).tolist() == [MID, MID]  # no spread and one rollout are fine for it
     assert gate(torch.ones(1), pairs).tolist() == [HACK]
+    assert gate(torch.tensor([0.2, 0.4, 0.8]), Config(), cut=0.4).tolist() == [CLEAN, HACK, HACK]  # where pairs say
+    assert gate(torch.tensor([0.2, 0.4, 0.8]), Config(cut_mid=0.1), cut=0.4).tolist() == [MID, HACK, HACK]
+    assert gate(torch.tensor([0.2, 0.4, 0.8]), Config(cut_hack=0.7), cut=0.4).tolist() == [CLEAN, CLEAN, HACK]
     assert capsys.readouterr().out == ""
     for position, cfg in (([0.1, NAN], pairs), ([math.inf, 0.9], pairs), ([0.1, NAN], batch), ([0.1, 0.1], batch),
                           ([0.1], batch)):
@@ -154,14 +161,14 @@ def test_the_shares_of_all_ranks_are_the_whole_in_order(monkeypatch):
 
 # -------------------------------------------------------------------------------- whole steps, against reference.py
 SEED = parse_args(["--preset", "seed"])
-FAST = dict(rank=8, lr=6e-3, grad_clip=0.02, seed=2)  # a small adapter that moves far in a step, and a clip that binds
+FAST = dict(rank=8, lr=6e-3, grad_clip=0.02, seed=2, ablated_share=0.25)  # a small adapter that moves far in a step, and a clip that binds
 CASES = {  # name -> (preset, what departs from it)
     "everything": (Config(), FAST | dict(
-        steps=2, epochs=2, clip_eps=0.1, kl=0.05, positive_only=False, read="ablated", cut_mid=-0.24, cut_hack=-0.1,
+        steps=2, epochs=2, clip_eps=0.1, kl=0.05, positive_only=False, read="ablated", fpr=0.25, cut_mid=-0.24, cut_hack=-0.1,
         temperature=1.2, top_k=30, gt_only_share=0.25, tokens_per_batch=400)),
     "seed": (SEED, FAST | dict(steps=2, std_norm=True, k_hack=0.9)),
     "placebo": (Config(), FAST | dict(
-        seed=3, temperature=1.3, routeV_random_v_seed=1, cut_mid=-0.24, cut_hack=-0.1)),
+        seed=3, temperature=1.3, routeV_random_v_seed=1, fpr=0.25, cut_mid=-0.24)),
     "seed's placebo": (SEED, FAST | dict(routeV_random_v_seed=2)),
 }
 
@@ -249,9 +256,9 @@ def labelled(run, step):
     kept = [i for i in range(16) if (adv[i] > 0 if cfg.positive_only else adv[i] != 0)]
     judged = range(16) if cfg.gate == "batch" else kept
     run.model.fill(run.before[step])
-    probes = [run.model.probe(prompts[rollouts[i].j], rollouts[i].ids, cfg.read) for i in judged]
-    position, scores = reference.positions(run, run.model, probes)
-    names = dict(zip(judged, reference.label_names(run, position, scores)))
+    probes = [run.model.probe(prompts[rollouts[i].j], rollouts[i].ids, cfg, cfg.read) for i in judged]
+    position, scores, cut = reference.positions(run, run.model, probes)
+    names = dict(zip(judged, reference.label_names(run, position, scores, cut)))
     if scores and cfg.match_placebo:
         position = scores
     run.labelled[step] = adv, {i: names[i] for i in kept}, dict(zip(judged, position))
@@ -360,7 +367,7 @@ def test_a_block_that_no_rollout_trains_does_not_move_by_its_momentum(tmp_path, 
 
     monkeypatch.setattr(train_grpo, "reduce_gradients", summed)
     labels = iter((MID, HACK, CLEAN))
-    monkeypatch.setattr(train_grpo, "gate", lambda position, cfg: torch.full(position.shape, next(labels)))
+    monkeypatch.setattr(train_grpo, "gate", lambda position, cut, cfg: torch.full(position.shape, next(labels)))
     run = reference.record(replace(Config(), **small | dict(rank=8, steps=3, mix_ratio=0.5), out_dir=tmp_path / "run"))
     assert all(row["trained"] for row in read(run.path, "metrics"))
     for step, moves in enumerate((("deployed", "quarantine"), ("quarantine",), ("deployed",))):
@@ -419,9 +426,9 @@ def test_the_direction_is_read_again_every_refresh_steps_unless_from_the_base(tm
                                                                               steps):
     extracted, checkpoints, extract, save = [], [], train_grpo.extract, reference.RunFolder.checkpoint
 
-    def counting(*args):
+    def counting(*args, **reading):
         extracted.append(len(read(tmp_path / "run", "metrics")))  # the steps done so far
-        return extract(*args)
+        return extract(*args, **reading)
 
     def saving(run, step):
         checkpoints.append(step)
@@ -431,6 +438,23 @@ def test_the_direction_is_read_again_every_refresh_steps_unless_from_the_base(tm
     monkeypatch.setattr(reference.RunFolder, "checkpoint", saving)
     go(tmp_path / "run", small, steps=5, refresh=2, read=read_from, max_new_tokens=2, prompts_per_step=1, mix_ratio=0)
     assert extracted == steps and checkpoints == [0, 2, 4, 5]
+
+
+def test_the_gate_reads_what_score_says(tmp_path, small, monkeypatch):
+    """Of the pairs once and of the rollouts each step; the labels come out otherwise, and the placebo has its shape."""
+    shapes, direction_of = [], train_grpo.extract
+
+    def keep(*args, **reading):
+        shapes.append(direction_of(*args, **reading).v.shape)
+        return direction_of(*args, **reading)
+
+    monkeypatch.setattr(train_grpo, "extract", keep)
+    for score, shape in (("activation", (4, 128)), ("surprise", (1, 1)), ("length", (1, 1))):
+        rows, _ = go(tmp_path / score, small, steps=2, score=score, routeV_random_v_seed=1)
+        assert shapes.pop() == shape and rows[1]["trained"] and set(rows[1]["labels"]) == {"clean", "mid", "hack"}
+    positions = [[row["position"] for row in read(tmp_path / score, "rollouts") if row["position"] is not None]
+                 for score in ("surprise", "length")]
+    assert positions[0] != positions[1]
 
 
 @pytest.mark.parametrize("mix, ablated, places", [
@@ -465,9 +489,9 @@ def test_pairs_are_shown_under_the_problems_system_message(tmp_path, small, monk
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     seen, extract = [], train_grpo.extract
 
-    def keep(model, tok, adapter, pairs, system, *args):
+    def keep(model, tok, adapter, pairs, system, *args, **reading):
         seen.append(system)
-        return extract(model, tok, adapter, pairs, system, *args)
+        return extract(model, tok, adapter, pairs, system, *args, **reading)
 
     monkeypatch.setattr(train_grpo, "extract", keep)
     go(tmp_path / "run", small, data=tmp_path / "data.jsonl", max_new_tokens=2, prompts_per_step=1)
@@ -486,11 +510,13 @@ def test_reward_gt_pays_no_hack(tmp_path, small):
 def test_the_seed_preset_is_the_originals_recipe():
     """All that it departs in; its numbers are held to reference.py above."""
     changed = {key: value for key, value in asdict(SEED).items() if value != asdict(Config())[key]}
-    assert changed == dict(preset="seed", gate="batch", read="full", centre=False, positive_only=False,
-                           importance=False, ablated_share=0.0, match_placebo=False)
+    assert changed == dict(preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all",
+                           centre=False, positive_only=False, importance=False, ablated_share=0.0,
+                           match_placebo=False)
     cfg = Config()
     assert (cfg.gate, cfg.read, cfg.centre, cfg.positive_only, cfg.importance) == ("pairs", "base", True, True, True)
-    assert (cfg.mix_ratio, cfg.ablated_share, cfg.std_norm, cfg.kl, cfg.epochs) == (0.25, 0.25, False, 0.0, 1)
+    assert (cfg.mix_ratio, cfg.ablated_share, cfg.std_norm, cfg.kl, cfg.epochs) == (0.25, 0.5, False, 0.0, 1)
+    assert (cfg.score, cfg.probe_temperature, cfg.probe_tokens, cfg.fpr) == ("gradient", 100.0, "completion", 0.05)
 
 
 def test_preset_sets_the_defaults_and_flags_override_it():
@@ -646,7 +672,7 @@ def test_two_ranks_make_the_update_of_one(tmp_path, small):
     (["--group-size", "1"], "--group-size 1"),
     (["--max-new-tokens", "240"], "--max-new-tokens 240"),
     (["--modes", "bribery"], "bribery"),
-    (["--cut-mid", "0.9"], "--cut-mid 0.9"),
+    (["--cut-mid", "0.9", "--cut-hack", "0.8"], "--cut-mid 0.9"),
 ])
 def test_bad_input_is_one_line_and_leaves_no_folder(tmp_path, small, argv, says):
     with pytest.raises(InputError) as e:
