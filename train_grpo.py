@@ -109,6 +109,8 @@ class Config:
     """AdamW betas"""
     warmup: int = 3
     """steps of linear learning-rate warm-up; 1: none"""
+    decay: bool = True
+    """let the learning rate fall linearly to 0 over --steps; a --resume with more steps goes on on their line"""
     grad_clip: float = 1.0
     """gradient norm limit over both blocks"""
     epochs: int = 1
@@ -171,7 +173,7 @@ PRESETS = {
     "nano": Config(),
     "seed": Config(  # README lists what each departure from it is for
         preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all", centre=False,
-        positive_only=False, importance=False, ablated_share=0.0, match_placebo=False),
+        decay=False, positive_only=False, importance=False, ablated_share=0.0, match_placebo=False),
     "qwen3-4b": Config(
         preset="qwen3-4b", model="Qwen/Qwen3-4B", data=HERE / "data/leetcode/train.jsonl", dtype="bfloat16",
         test_data=HERE / "data/leetcode/test.jsonl", pairs=HERE / "data/leetcode/pairs.md",
@@ -351,7 +353,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         clock("gate")
 
         # ---------------------------------------------------------------- pass 2: masked forward, backward, one step
-        lr = cfg.lr * min(1.0, (step + 1) / cfg.warmup)
+        lr = cfg.lr * min(1.0, (step + 1) / cfg.warmup) * (1 - step / cfg.steps if cfg.decay else 1)
         optimizer.param_groups[0]["lr"] = lr
         mine = torch.tensor(share(kept), dtype=torch.long)  # this rank's rollouts
         mine_prompts, mine_ids = [prompts[rollouts[i].j] for i in mine], [rollouts[i].ids for i in mine]

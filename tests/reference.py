@@ -250,6 +250,7 @@ def update(run, model, optimizer, step, prompts, adv, names):
     now, old, all_grads = dict(run.before[step]), {}, []
     log = SimpleNamespace(loss=0.0, kl=0.0, clipped=0, truncated=0, tokens=0)
     lr = cfg.lr if step >= cfg.warmup else cfg.lr * (step + 1) / cfg.warmup
+    lr = lr * (cfg.steps - step) / cfg.steps if cfg.decay else lr
     for epoch in range(cfg.epochs):
         model.fill(now)
         grads = {name: torch.zeros_like(p) for name, p in model.parameters().items()}

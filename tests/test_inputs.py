@@ -210,7 +210,7 @@ def d(server):
 NUMBERS = {  # flag -> values that are refused, whatever else is given
     "lr": "nan -1 0 inf", "warmup": "-1 0", "grad-clip": "-1 0 nan", "clip-eps": "-1 0 1", "kl": "nan -1 inf",
     "mix-steps": "-1",
-    "cut-hack": "nan inf", "cut-mid": "-inf", "k-hack": "nan", "betas": "2,0 .9,nan .9,1 -1,0", "top-k": "-1",
+    "cut-hack": "nan inf", "cut-mid": "-inf", "fpr": "-0.1 1.5 nan", "probe-temperature": "0 -1 inf", "k-hack": "nan", "betas": "2,0 .9,nan .9,1 -1,0", "top-k": "-1",
     "eval-samples": "-1",
     "temperature": "0 -1 nan", "steps": "0 -3", "prompts-per-step": "0", "group-size": "1",
     "max-new-tokens": "0 240", "epochs": "0",
@@ -232,7 +232,12 @@ TRAIN = [(f"--{flag} {value.replace(',', ' ')}", f"--{flag} ") for flag,
     ("--no-match-placebo", "--no-match-placebo with no --routeV-random-v-seed"),
     ("--mix-ratio 0 --mix-steps 3", "--mix-steps 3 with --mix-ratio 0"),
     ("--mix-ratio 0 --demos {d}/empty", "empty with --mix-ratio 0"),
-    ("--cut-mid .9", "--cut-mid 0.9 with --cut-hack 0.3"), ("--gate batch --k-mid 2", "--k-mid 2.0 with --k-hack 0.5"),
+    ("--cut-mid .9 --cut-hack .3", "--cut-mid 0.9 with --cut-hack 0.3"),
+    ("--intervention none --fpr .2", "--fpr 0.2 with --intervention none"),
+    ("--intervention absorb --score activation", "--score activation with --intervention absorb"),
+    ("--preset seed --fpr .2", "--fpr 0.2 with --gate batch"),
+    ("--score surprise --read full", "--read full with --score surprise"),
+    ("--score activation --probe-tokens all", "--probe-tokens all with --score activation"), ("--gate batch --k-mid 2", "--k-mid 2.0 with --k-hack 0.5"),
     ("--name a/b", "--name 'a/b'"), ("--name=", "--name ''"), ("--modes bribery", "bribery"),
     ("--modes sentinel sentinel", "sentinel, sentinel"),
     ("--data {d}/absent", "absent"), ("--data {d}/latin1", "latin1"), ("--data {d}/garbage", "garbage, line 1"),
@@ -377,8 +382,8 @@ def test_pairs_that_hardly_tell_apart_are_warned_of():
     import torch
     from extract_vgrad import Direction
     low, high = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])
-    summaries = [Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(4, 1,
-        1)).summary() for hack in (high, low)]
+    summaries = [Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(4, 1, 1)).summary(fpr=0.05)
+                 for hack in (high, low)]
     assert ["warning" in text for text in summaries] == [False, True] and "AUROC 0.50" in summaries[1]
 
 
@@ -391,7 +396,7 @@ def test_an_arm_is_named_by_what_differs():
         "--steps 3 --device cpu": "routeV",
         "--intervention none --reward gt --mix-ratio 0": "none-mix-ratio-0.0-reward-gt",
         "--no-positive-only": "routeV-no-positive-only",
-        "--cut-hack .1": "routeV-cut-mid-0.1-cut-hack-0.1", "--preset seed": "routeV-seed",
+        "--cut-hack .1": "routeV-cut-hack-0.1", "--preset seed": "routeV-seed",
         "--preset=seed --lr .1": "routeV-seed-lr-0.1",
         "--betas .5 .9": "routeV-betas-0.5-0.9", "--modes sentinel": "routeV-modes-sentinel"}
     assert {argv: arm_of(check(parse_args(argv.split()))) for argv in names} == names

@@ -307,7 +307,8 @@ def test_the_update_is_that_of_the_literal_formulas(run):
             assert metrics[key] == pytest.approx(getattr(log, key), rel=1e-3, abs=1e-6), key
         assert metrics["clip_fraction"] == pytest.approx(log.clipped / log.tokens, abs=2 / log.tokens)
         assert metrics["truncated_fraction"] == pytest.approx(log.truncated / log.tokens, abs=2 / log.tokens)
-        assert metrics["lr"] == pytest.approx(cfg.lr * (step + 1) / 3)
+        decayed = (1, 0.5)[step] if cfg.decay else 1
+        assert metrics["lr"] == pytest.approx(cfg.lr * (step + 1) / 3 * decayed)
         clipped, truncated = clipped + metrics["clip_fraction"], truncated + metrics["truncated_fraction"]
     assert run.name != "everything" or clipped > 0 and truncated > 0 and metrics["kl"] > 0, "each term matters"
     for name, p in run.before[-1].items():  # what is saved is what was trained
@@ -511,7 +512,7 @@ def test_the_seed_preset_is_the_originals_recipe():
     """All that it departs in; its numbers are held to reference.py above."""
     changed = {key: value for key, value in asdict(SEED).items() if value != asdict(Config())[key]}
     assert changed == dict(preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all",
-                           centre=False, positive_only=False, importance=False, ablated_share=0.0,
+                           centre=False, decay=False, positive_only=False, importance=False, ablated_share=0.0,
                            match_placebo=False)
     cfg = Config()
     assert (cfg.gate, cfg.read, cfg.centre, cfg.positive_only, cfg.importance) == ("pairs", "base", True, True, True)
@@ -606,7 +607,7 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path, sma
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, small, monkeypatch):
     """Killed after step 3, whose checkpoint is of step 2: the same metrics and weights, bit for bit, in rows that are
     there once."""
-    options = dict(refresh=2, mix_steps=2, max_new_tokens=40, prompts_per_step=3)
+    options = dict(refresh=2, mix_steps=2, max_new_tokens=40, prompts_per_step=3, decay=False)  # its line is --steps'
     whole = go(tmp_path / "whole", small, steps=4, **options)
     log = reference.RunFolder.log
 
