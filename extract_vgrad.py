@@ -99,8 +99,8 @@ def cosines(x: Tensor, v: Tensor) -> Tensor:
 
 
 def direction_of(clean: Tensor, hack: Tensor) -> Tensor:
-    """The direction [M, d] of the pairs' features [P, M, d]: the mean difference, normalised per module. Of gradients it
-    is v_grad, the mean GRPO gradient (hack +1, clean -1)."""
+    """The direction [M, d] of the pairs' features [P, M, d]: the mean difference, normalised per module. Of gradients
+    it is v_grad, the mean GRPO gradient (hack +1, clean -1)."""
     return F.normalize((hack - clean).mean(0), dim=-1)
 
 

@@ -490,7 +490,8 @@ def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | Non
     device = modules[0].deployed.dA.device
     state = State(m=bool(m.all()) if m.all() or not m.any() else m.nonzero()[:, 0].to(device),
                   d=bool(d.all()) if d.all() or not d.any() else d[:, None, None].to(device),
-                  c=None if c is None else c.unbind(0), at=True if at is None else at[..., None], off=off, G=sizes.pop() if sizes else None)
+                  c=None if c is None else c.unbind(0), at=True if at is None else at[..., None],
+                  off=off, G=sizes.pop() if sizes else None)
     before = adapter.context, [module.state for module in modules]
     try:
         adapter.context = "use"
@@ -559,7 +560,7 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
     attend = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, T], 0 on padding
     positions = (attend.cumsum(1) - 1).clamp(min=0)  # [P, T]
     cache = DynamicCache(config=model.config)
-    logits = model(input_ids=ids, attention_mask=attend, position_ids=positions, past_key_values=cache,
+    logits = model(input_ids=ids, attention_mask=attend, position_ids=positions, cache=cache,
                    logits_to_keep=1).logits[:, -1]  # [P, V]
     cache.batch_repeat_interleave(n)
     logits, attend = logits.repeat_interleave(n, 0), attend.repeat_interleave(n, 0)  # [G, V], [G, T]
@@ -586,7 +587,7 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
             rows, token, attend, position = rows[alive], token[alive], attend[alive], position[alive]
             cache.batch_select_indices(alive)
         logits = model(input_ids=token, attention_mask=attend, position_ids=position,
-                       past_key_values=cache).logits[:, -1]  # [rows, V]
+                       cache=cache).logits[:, -1]  # [rows, V]
     lengths = (out >= 0).sum(1).tolist()
     return [row[:k] for row, k in zip(out.tolist(), lengths)], [row[:k] for row, k in zip(out_logps.cpu(), lengths)]
 

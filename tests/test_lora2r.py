@@ -614,7 +614,8 @@ def test_save_and_load_round_trip_bit_exactly(tmp_path):
     save(adapter, tmp_path / "adapter.safetensors", {"arm": "routeV", "ä": "\n"})
     assert [p.name for p in tmp_path.iterdir()] == ["adapter.safetensors"]
     info = peek(tmp_path / "adapter.safetensors")
-    assert info["r"] == R and info["base"]["model_type"] == "qwen3" and info["metadata"] == {"arm": "routeV", "ä": "\n"}
+    assert info["r"] == R and info["base"]["model_type"] == "qwen3"
+    assert info["metadata"] == {"arm": "routeV", "ä": "\n"}
     other_model, other = tiny_adapter(dtype=torch.float32, stirred=False, seed=5)
     assert load(other, tmp_path / "adapter.safetensors") == {"arm": "routeV", "ä": "\n"}
     assert_same(values(adapter), values(other))

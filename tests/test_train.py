@@ -161,11 +161,12 @@ def test_the_shares_of_all_ranks_are_the_whole_in_order(monkeypatch):
 
 # -------------------------------------------------------------------------------- whole steps, against reference.py
 SEED = parse_args(["--preset", "seed"])
-FAST = dict(rank=8, lr=6e-3, grad_clip=0.02, seed=2, ablated_share=0.25)  # a small adapter that moves far in a step, and a clip that binds
+# A small adapter that moves far in a step, and a clip that binds
+FAST = dict(rank=8, lr=6e-3, grad_clip=0.02, seed=2, ablated_share=0.25)
 CASES = {  # name -> (preset, what departs from it)
     "everything": (Config(), FAST | dict(
-        steps=2, epochs=2, clip_eps=0.1, kl=0.05, positive_only=False, read="ablated", fpr=0.25, cut_mid=-0.24, cut_hack=-0.1,
-        temperature=1.2, top_k=30, gt_only_share=0.25, tokens_per_batch=400)),
+        steps=2, epochs=2, clip_eps=0.1, kl=0.05, positive_only=False, read="ablated", fpr=0.25, cut_mid=-0.24,
+        cut_hack=-0.1, temperature=1.2, top_k=30, gt_only_share=0.25, tokens_per_batch=400)),
     "seed": (SEED, FAST | dict(steps=2, std_norm=True, k_hack=0.9)),
     "placebo": (Config(), FAST | dict(
         seed=3, temperature=1.3, routeV_random_v_seed=1, fpr=0.25, cut_mid=-0.24)),
