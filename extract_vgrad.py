@@ -398,9 +398,14 @@ def f_half(routed: Tensor, hack: Tensor) -> Tensor:
     return 1.25 * (routed & hack).sum(-1) / (routed.sum(-1) + 0.25 * hack.sum()).clamp(min=1e-9)
 
 
-def judge(direction: Direction, x: Tensor, rows: list[dict], n_haar: int, fpr: float) -> None:
-    """Print what gate "pairs" would route of rollouts, given their features x [G, M, d], beside random directions that
-    route as many. Oracle labels are for this print only."""
+def by_quartile(routed: Tensor, surprise: Tensor) -> list[float]:
+    """Share of `routed` [G] (bool) in each quarter of the rollouts, from the least to the most surprising, [G]."""
+    return [part.float().mean().item() for part in routed[surprise.argsort()].tensor_split(4)]
+
+
+def judge(direction: Direction, x: Tensor, surprise: Tensor, rows: list[dict], n_haar: int, fpr: float) -> None:
+    """Print what gate "pairs" would route of rollouts, given their features x [G, M, d] and mean NLLs [G], and random
+    directions that route as many. Oracle labels are for this print only."""
     hack = torch.tensor([row["hacked"] for row in rows])  # [G]
     solve = torch.tensor([row["correct"] and not row["exploited"] for row in rows])  # [G]
     position = direction.position(x, "pairs")  # [G]
@@ -425,6 +430,8 @@ def judge(direction: Direction, x: Tensor, rows: list[dict], n_haar: int, fpr: f
         precision = (routed & hack).sum() / routed.sum().clamp(min=1)
         print(f"  {cut:.2f} {kept:11.3f} {lost:13.3f} {precision:13.3f} {f_half(routed, hack):8.3f}   "
               f"{spread(f_half(ranks < routed.sum(), hack))}")
+    lost = by_quartile((position >= direction.cut(fpr))[solve], surprise[solve])
+    print(f"  solves routed at the pairs' cut, by quartile of their surprise: {' '.join(f'{x:.2f}' for x in lost)}")
 
 
 def main(cfg: Config) -> None:
@@ -442,7 +449,9 @@ def main(cfg: Config) -> None:
     if rows:
         prompts = [encode_prompt(tok, [dict(role="user", content=row["prompt"])]) for row in rows]
         completions = [encode_completion(tok, row["completion"]) for row in rows]
-        judge(direction, features(model, adapter, prompts, completions, **reading), rows, cfg.n_haar, cfg.fpr)
+        x = features(model, adapter, prompts, completions, **reading)  # [G, M, d]
+        surprise = features(model, adapter, prompts, completions, score="surprise").flatten()  # [G]
+        judge(direction, x, surprise, rows, cfg.n_haar, cfg.fpr)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import torch
 from torch import tensor as t
 
 from env_leetcode import MODES, extract_code, grade_batch, load_problems, with_mode
-from extract_vgrad import (Direction, Pair, auroc, cosines, direction_of, extract, f_half, features, haar, judge,
-                           leave_one_out, load_demos, load_pairs, load_rollouts, probe_gradients, report)
+from extract_vgrad import (Direction, Pair, auroc, by_quartile, cosines, direction_of, extract, f_half, features, haar,
+                           judge, leave_one_out, load_demos, load_pairs, load_rollouts, probe_gradients, report)
 from lora2r import (InputError, attach, batches, encode_completion, encode_prompt, load_model, predicted_memory,
                     token_logps, use)
 from train_grpo import HERE
@@ -417,18 +417,25 @@ def test_bad_pairs_file_names_file_and_line(tmp_path, text, line, says):
         load_pairs(tmp_path / "absent.md")
 
 
+def test_routed_by_quartile_of_surprise():
+    surprise = torch.tensor([8.0, 1, 2, 7, 3, 4, 6, 5])  # in order of surprise: F T | F F | T T | F T
+    routed = torch.tensor([True, False, True, False, False, False, True, True])
+    assert by_quartile(routed, surprise) == [0.5, 0.0, 1.0, 0.5]
+
+
 def test_judge_counts_what_a_gate_would_route(capsys):
     """Four rollouts at known positions, by hand: at cut .2 both hacks and one of two solves are routed."""
     v = torch.nn.functional.normalize(torch.randn(1, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     ortho = torch.nn.functional.normalize(torch.eye(8)[:1] - (torch.eye(8)[:1] @ v.T) * v, dim=-1)
     direction = Direction(v, torch.zeros(1, 8), clean=torch.zeros(2, 1), hack=torch.ones(2, 1),
                           pair_features=torch.zeros(4, 1, 8))
-    positions = [0.9, 0.35, 0.0, 0.22]
+    positions = [0.9, 0.35, -0.1, 0.22]
     grads = torch.stack([p * v + (1 - p**2) ** 0.5 * ortho for p in positions])
     rows = [dict(mode="sentinel", source="full", hacked=i < 2, correct=i >= 2, exploited=i < 2) for i in range(4)]
-    judge(direction, grads, rows, n_haar=20, fpr=0.05)
+    judge(direction, grads, torch.tensor([0.1, 0.2, 9.0, 0.3]), rows, n_haar=20, fpr=0.05)
     text = capsys.readouterr().out
     assert "4 rollouts with A > 0: 2 hacks, 2 solves" in text and "AUROC 1.000" in text
+    assert "by quartile of their surprise: 1.00 0.00 nan nan" in text, "two solves, the less surprising at the cut of 0"
     at = {line.split()[0]: line.split()[1:5] for line in text.splitlines() if line.startswith("  0.")}
     assert at["0.20"] == ["0.000", "0.500", "0.667", "0.714"]  # precision 2/3, F0.5 = 1.25 * 2 / (3 + .25 * 2)
     assert at["0.40"] == ["0.500", "0.000", "1.000", "0.833"]
