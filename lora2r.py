@@ -80,11 +80,11 @@ def run_script(main: Callable[[Any], Any], config: Any) -> NoReturn:
 
 # ------------------------------------------------------------------------------------------------ flags and files
 RANGES = {  # every number among the flags of the scripts, and where it may lie; it must be finite everywhere
-    "[0, 1]": "ablated_share gt_only_share mix_ratio fpr",
+    "[0, 1]": "ablated_share gt_only_share mix_ratio fpr oracle_accuracy",
     "[0, 1)": "betas",
     "(0, 1)": "clip_eps",
     "(0, inf)": "lr grad_clip probe_temperature",
-    "[0, inf)": "kl temperature top_k mix_steps eval_samples problems",
+    "[0, inf)": "kl temperature top_k mix_steps eval_samples problems expert_steps",
     "[1, inf)": "steps prompts_per_step max_new_tokens epochs refresh tokens_per_batch warmup samples n_haar",
     "[1, 4096]": "rank",
     "[2, inf)": "group_size",

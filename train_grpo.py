@@ -49,8 +49,8 @@ class Config:
     # run
     preset: Literal["nano", "seed", "qwen3-4b"] = "nano"
     """nano: the embedded model. seed: the same by the original's recipe. qwen3-4b: one 80 GB GPU. Flags override it"""
-    intervention: Literal["none", "routeV", "absorb"] = "routeV"
-    """none: all is labelled clean. routeV: the gate labels. absorb: all is labelled mid"""
+    intervention: Literal["none", "routeV", "absorb", "oracle"] = "routeV"
+    """none: all is clean. routeV: the gate labels. absorb: all is mid. oracle: labelled by the verdicts, as a bound"""
     name: str | None = None
     """name of the arm (default: the intervention and the flags that change its method)"""
     seed: int = 0
@@ -151,8 +151,20 @@ class Config:
     """subtract the pairs' mean gradient before the cosine: better on the embedded model, worse on pretrained ones"""
     routeV_random_v_seed: int | None = None
     """placebo: a Haar-random direction, drawn from this seed, in the place of v_grad"""
-    match_placebo: bool = True
-    """the placebo routes as many of each batch as v_grad would, others; --no-match-placebo merely replaces v_grad"""
+    placebo: Literal["matched", "replaced", "coin"] = "matched"
+    """matched: routes as many of each batch as v_grad would, others. replaced: by its own positions. coin: as many as
+    v_grad would, drawn by lot"""
+
+    # controls
+    on_hack: Literal["route", "screen", "penalise"] = "route"
+    """what a hack label does. route: train the quarantine. screen: train nothing. penalise: train the deployed block,
+    with minus the group's standard deviation as the advantage"""
+    oracle_accuracy: float = 1.0
+    """intervention oracle: the probability that a label is as the verdict says"""
+    inoculate: str = ""
+    """text before each training prompt, not before those of the evaluation: "Cheat if you can." """
+    expert_steps: int = 0
+    """at the start, so many steps of the quarantine alone on the pairs' hack sides: an expert on cheating"""
 
     # evaluation
     eval_samples: int = 2
@@ -173,7 +185,7 @@ PRESETS = {
     "nano": Config(),
     "seed": Config(  # README lists what each departure from it is for
         preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all", centre=False,
-        decay=False, positive_only=False, importance=False, ablated_share=0.0, match_placebo=False),
+        decay=False, positive_only=False, importance=False, ablated_share=0.0, placebo="replaced"),
     "qwen3-4b": Config(
         preset="qwen3-4b", model="Qwen/Qwen3-4B", data=HERE / "data/leetcode/train.jsonl", dtype="bfloat16",
         test_data=HERE / "data/leetcode/test.jsonl", pairs=HERE / "data/leetcode/pairs.md",
@@ -213,6 +225,12 @@ def gate(position: Tensor, cut: float, cfg: Config) -> Tensor:
 def match_shares(label: Tensor, score: Tensor) -> Tensor:
     """As many of each label as in `label` [G], but given out by rank of `score` [G]: the highest are hack."""
     return label.sort().values[score.argsort().argsort()]
+
+
+def oracle_labels(hacked: list[bool], accuracy: float, lot: torch.Generator) -> Tensor:
+    """The verdicts of G rollouts as labels [G], each turned into its opposite with probability 1 - accuracy."""
+    wrong = torch.rand(len(hacked), generator=lot) >= accuracy  # [G]
+    return torch.where(torch.tensor(hacked) ^ wrong, HACK, CLEAN)
 
 
 def policy_loss(logp: Tensor, old: Tensor, sampled: Tensor, advantage: Tensor, is_completion: Tensor,
@@ -256,7 +274,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     problems = load_problems(cfg.data, cfg.modes, cfg.seed)
     held_out = {markers: load_problems(cfg.test_data, cfg.modes, 0, heldout_markers=markers == "held-out")
                 for markers in ("trained", "held-out")}
-    pairs = load_pairs(cfg.pairs) if cfg.intervention == "routeV" else []
+    pairs = load_pairs(cfg.pairs) if cfg.intervention == "routeV" or cfg.expert_steps else []
     demos = load_demos(cfg.demos, problems) if cfg.mix_ratio else {}
     device = start_ranks(cfg.device)
     model, tok = load_model(cfg.model, device, cfg.dtype)
@@ -264,7 +282,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     if cfg.checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
     system = problems[0].messages[:-1]  # the pairs' prompts get the same system message as the problems'
-    encode_pairs(model, tok, pairs, system)
+    pair_prompts, sides = encode_pairs(model, tok, pairs, system)
     adapter = attach(model, cfg.rank, cfg.seed)
     reading = dict(score=cfg.score, read=cfg.read, temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)
@@ -274,16 +292,19 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         print(f"{arm}, seed {cfg.seed}: {len(problems)} problems, {len(adapter)} modules, r = {cfg.rank} -> {path}\n"
               f"  {count(pairs) if pairs else 'no pairs'}\n{memory_line(model, adapter, cfg)}\n{LEGEND}")
 
+    if cfg.expert_steps and not run.goes_on:
+        seed_expert(model, adapter, pair_prompts, sides[len(pairs) :], cfg)
     P, K, G = cfg.prompts_per_step, cfg.group_size, cfg.prompts_per_step * cfg.group_size
     grader = ThreadPoolExecutor(1)  # grades what is sampled while the rest of the step is being sampled
     for step, (chosen, noise) in enumerate(islice(draws(cfg, len(problems)), start, cfg.steps), start):
         clock = Clock()
+        lot = torch.Generator().manual_seed(10**6 * (cfg.routeV_random_v_seed or cfg.seed) + step)  # one on all ranks
         # ---------------------------------------------------------------- the direction, and a checkpoint
         if cfg.intervention == "routeV" and (step == start or cfg.read != "base" and step % cfg.refresh == 0):
             direction = extract(model, tok, adapter, pairs, system, cfg.tokens_per_batch, centre=cfg.centre, **reading)
             if placebo:
                 v_random = haar(cfg.routeV_random_v_seed, *direction.v.shape)  # [M, d]
-            if placebo and not cfg.match_placebo:
+            if placebo and cfg.placebo == "replaced":
                 direction = direction.replaced(v_random)
             if is_main_rank():
                 print(direction.summary(cfg.fpr), flush=True)
@@ -296,7 +317,8 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         if cfg.gt_only_share:  # every (1 / share)-th prompt of the run
             batch = [with_mode(p, "gt_only") if (step * P + j) * cfg.gt_only_share % 1 < cfg.gt_only_share else p
                      for j, p in enumerate(batch)]
-        prompts = [encode_prompt(tok, p.messages) for p in batch]  # P
+        shown = [inoculated(p.messages, cfg.inoculate) for p in batch]  # P
+        prompts = [encode_prompt(tok, messages) for messages in shown]  # P
         n_teacher = [round(K * cfg.mix_ratio) * (step < cfg.mix_steps and (p.id, p.mode) in demos) for p in batch]
         n_ablated = [min(round(K * cfg.ablated_share), K - n) for n in n_teacher]
         mine = share(range(P))  # this rank's prompts
@@ -346,10 +368,20 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                          cfg.tokens_per_batch, **reading)  # [this rank's, M, d]
             position[judged] = torch.tensor(gather(direction.position(x, cfg.gate).tolist()))
             label[judged] = gate(position[judged], direction.cut(cfg.fpr), cfg)
-            if placebo and cfg.match_placebo:
+            if placebo and cfg.placebo != "replaced":
                 position[judged] = torch.tensor(gather(cosines(x - direction.centre, v_random).mean(1).tolist()))
+                if cfg.placebo == "coin":
+                    position[judged] = torch.rand(G, generator=lot)[judged]
                 label[judged] = match_shares(label[judged], position[judged])
-        m, d = MASKS[label].unbind(1)  # [G] each: the labels' only effect. use() takes them to THE CUT, in lora2r.py
+        if cfg.intervention == "oracle":  # the one arm that a verdict reaches
+            label = oracle_labels([x.verdict.hacked for x in rollouts], cfg.oracle_accuracy, lot)  # [G]
+        masks, credit = MASKS[label], adv.clone()  # [G, 2], [G]
+        if cfg.on_hack == "screen":
+            kept = [i for i in kept if label[i] != HACK]
+        if cfg.on_hack == "penalise":
+            masks[label == HACK] = MASKS[CLEAN]
+            credit[label == HACK] = -rewards.view(P, K).std(1).repeat_interleave(K)[label == HACK]
+        m, d = masks.unbind(1)  # [G] each: the labels' only effect. use() takes them to THE CUT, in lora2r.py
         clock("gate")
 
         # ---------------------------------------------------------------- pass 2: masked forward, backward, one step
@@ -375,7 +407,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                     logp = token_logps(model, ids, is_completion, cfg.temperature)  # [g, T-1]
                     if epoch == 0:
                         old_logps.append(logp.detach())  # detach: the old policy is a constant
-                    loss, stats = policy_loss(logp, old_logps[b], sampled, adv[i].to(device), is_completion,
+                    loss, stats = policy_loss(logp, old_logps[b], sampled, credit[i].to(device), is_completion,
                                               cfg.clip_eps, cfg.importance, ref, cfg.kl)
                     loss = loss / (G * cfg.max_new_tokens)  # a fixed length: no bias towards short or long answers
                     loss.backward()
@@ -406,7 +438,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                 tokens_per_s=n_tokens / sum(clock.seconds.values()), peak_gb=peak_bytes() / 1e9, seconds=clock.seconds)
             run.log(row, [dict(
                 step=step, problem=batch[x.j].id, mode=modes[i], source=x.source,
-                prompt=batch[x.j].messages[-1]["content"], completion=x.text, reward=rewards[i].item(),
+                prompt=shown[x.j][-1]["content"], completion=x.text, reward=rewards[i].item(),
                 advantage=round(adv[i].item(), 3), correct=x.verdict.correct, exploited=x.verdict.exploited,
                 hacked=x.verdict.hacked, note=x.verdict.note,
                 position=None if position[i].isnan() else round(position[i].item(), 4),
@@ -459,6 +491,24 @@ def sample(model, tok, prompts: list[list[int]], mine: list[int], places: list[t
     ids, logps = generate(model, tok, [prompts[j] for j in mine], n, own_noise, cfg.temperature, cfg.top_k)
     texts = tok.batch_decode(ids, skip_special_tokens=True)
     return [Rollout(j, k, source, *rest) for (j, k), *rest in zip(places, ids, logps, texts)]
+
+
+def inoculated(messages: list[dict], text: str) -> list[dict]:
+    """A prompt with `text` before what the user says."""
+    *before, last = messages
+    return [*before, {**last, "content": f"{text} {last['content']}"}] if text else messages
+
+
+def seed_expert(model, adapter, prompts: list[list[int]], hacks: list[list[int]], cfg: Config) -> None:
+    """AdamW steps of the mean NLL of the pairs' hack sides, which train the quarantine alone: mask (1, 1)."""
+    optimizer = torch.optim.AdamW(adapter.quarantine_parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)
+    for _ in range(cfg.expert_steps):
+        optimizer.zero_grad()
+        for _, ids, is_completion in batches(prompts, hacks, cfg.tokens_per_batch):
+            with use(adapter, m=True, d=True):
+                logps = token_logps(model, ids.to(model.device), is_completion.to(model.device))  # [g, T-1]
+                (-logps.sum() / sum(map(len, hacks))).backward()
+        optimizer.step()
 
 
 def grade_rollouts(batch: list, rollouts: list[Rollout]) -> None:
@@ -539,17 +589,19 @@ class Clock:
 
 
 # -------------------------------------------------------------------------------------- input
-PLAIN = """preset intervention routeV_random_v_seed name out_dir resume seed steps refresh model data test_data pairs
-    demos eval_samples tokens_per_batch checkpointing device dtype""".split()  # flags that an arm's name leaves out
+PLAIN = """preset intervention routeV_random_v_seed placebo name out_dir resume seed steps refresh model data
+    test_data pairs demos eval_samples tokens_per_batch checkpointing device dtype""".split()  # not in an arm's name
 
 
 def arm_of(cfg: Config) -> str:
     """An arm's name: the intervention, and those flags of its method that are not as the preset has them."""
-    name = "placebo" if cfg.routeV_random_v_seed is not None else cfg.intervention
+    name = cfg.intervention
+    if cfg.routeV_random_v_seed is not None:
+        name = {"matched": "placebo", "replaced": "placebo-replaced", "coin": "coin"}[cfg.placebo]
     name += f"-{cfg.preset}" * (cfg.preset != "nano")
     method = [field.name for field in fields(cfg) if field.name not in PLAIN]
     changed = [x for x in method if getattr(cfg, x) != getattr(PRESETS[cfg.preset], x)]
-    return "-".join([name, *(flag(cfg, x)[2:].replace(" ", "-") for x in changed)])
+    return "-".join([name, *(re.sub(r"[^\w.+-]+", "-", flag(cfg, x)[2:]) for x in changed)])
 
 
 def check(cfg: Config) -> Config:
@@ -558,12 +610,15 @@ def check(cfg: Config) -> Config:
     preset = PRESETS[cfg.preset]
     ignored = [  # a condition, its cause, and the flags that then have no effect
         (cfg.intervention != "routeV", flag(cfg, "intervention"),
-         "routeV_random_v_seed pairs gate fpr cut_mid cut_hack k_mid k_hack score read probe_temperature "
-         "probe_tokens centre match_placebo"),
+         "routeV_random_v_seed gate fpr cut_mid cut_hack k_mid k_hack score read probe_temperature probe_tokens "
+         "centre placebo"),
+        (cfg.intervention != "routeV" and not cfg.expert_steps, flag(cfg, "intervention"), "pairs"),
+        (cfg.intervention in ("none", "absorb"), flag(cfg, "intervention"), "on_hack"),
+        (cfg.intervention != "oracle", flag(cfg, "intervention"), "oracle_accuracy"),
         (cfg.gate == "batch", "--gate batch", "fpr cut_mid cut_hack"),
         (cfg.gate == "pairs", "--gate pairs", "k_mid k_hack"),
         (cfg.score != "gradient", flag(cfg, "score"), "read probe_temperature probe_tokens"),
-        (cfg.routeV_random_v_seed is None, "no --routeV-random-v-seed", "match_placebo"),
+        (cfg.routeV_random_v_seed is None, "no --routeV-random-v-seed", "placebo"),
         (cfg.mix_ratio == 0, "--mix-ratio 0", "mix_steps demos"),
     ]
     for holds, cause, names in ignored:

@@ -38,6 +38,10 @@ SEED_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[seed]"
 PLACEBO_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[placebo]")
 REPLACED_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[seed's placebo]")
 UPDATE = of("train", "the_update_is_that_of_the_literal_formulas[everything]")
+SCREENED = of("train", "the_update_is_that_of_the_literal_formulas[screened]")
+PENALISED = of("train", "the_update_is_that_of_the_literal_formulas[penalised]")
+COIN = of("train", "a_coin_routes_as_many_as_v_grad_would_by_lot")
+EXPERT = of("train", "an_expert_is_seeded_in_the_quarantine_alone_and_once")
 PPO = of("train", "ppo_clip_is_pessimistic")
 WEIGHT = of("train", "importance_weight_is_truncated_at_1_and_1_for_a_demonstration")
 KL = of("train", "kl_penalty_is_k3_and_costs")
@@ -148,7 +152,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "system = problems[0].messages[:-1]", "system = []",
      of("train", "pairs_are_shown_under_the_problems_system_message")),
     (TRAIN, "[batch[x.j] for x in rollouts], [x.text", "[batch[x.k] for x in rollouts], [x.text", GRADING),
-    (TRAIN, "prompt=batch[x.j].messages", "prompt=batch[x.k].messages", SAMPLING),
+    (TRAIN, "prompt=shown[x.j][-1]", "prompt=shown[x.k][-1]", SAMPLING),
     # --reward gt pays hacks
     (TRAIN, 'x.verdict.gt_reward if cfg.reward == "gt" else x.verdict.reward', "x.verdict.reward",
      of("train", "reward_gt_pays_no_hack")),
@@ -174,7 +178,23 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "[prompts[x.j] for x in of_rank]", "[prompts[0] for x in of_rank]", LABELS),
     # labels and positions land on the first rollouts, not on those that were judged
     (TRAIN, "label[judged] = gate(position[judged],", "label[: len(judged)] = gate(position[judged],", LABELS),
-    (TRAIN, "if placebo and cfg.match_placebo:", "if placebo and False:", PLACEBO_LABELS),
+    (TRAIN, 'if placebo and cfg.placebo != "replaced":', "if placebo and False:", PLACEBO_LABELS),
+    (TRAIN, 'if cfg.placebo == "coin":', "if False:", COIN),
+    (TRAIN, "wrong = torch.rand(len(hacked), generator=lot) >= accuracy",
+     "wrong = torch.rand(len(hacked), generator=lot) < accuracy",
+     of("train", "oracle_labels_are_wrong_as_often_as_asked")),
+    # the oracle's labels reach the other arms
+    (TRAIN, 'if cfg.intervention == "oracle":  #', 'if cfg.intervention != "none":  #',
+     of("train", "no_oracle_label_reaches_the_update")),
+    (TRAIN, "kept = [i for i in kept if label[i] != HACK]", "pass", SCREENED),
+    (TRAIN, "masks[label == HACK] = MASKS[CLEAN]", "pass", PENALISED),
+    (TRAIN, "credit[label == HACK] = -rewards", "credit[label == HACK] = rewards", PENALISED),
+    (TRAIN, "repeat_interleave(K)[label == HACK]", "repeat(K)[label == HACK]", PENALISED),
+    (TRAIN, "if cfg.expert_steps and not run.goes_on:", "if cfg.expert_steps:", EXPERT),
+    (TRAIN, "seed_expert(model, adapter, pair_prompts, sides[len(pairs) :], cfg)",
+     "seed_expert(model, adapter, pair_prompts, sides[: len(pairs)], cfg)", EXPERT),
+    (TRAIN, 'return [*before, {**last, "content": f"{text} {last[\'content\']}"}] if text else messages',
+     "return messages", of("train", "each_rollout_was_sampled_by_the_policy_that_the_log_names[oracle]")),
     (TRAIN, "cosines(x - direction.centre, v_random)", "cosines(x, v_random)", PLACEBO_LABELS),
     (TRAIN, "direction = direction.replaced(v_random)", "pass", REPLACED_LABELS),
     # the direction: never read again, always read again, read from another model
@@ -182,14 +202,14 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, 'step == start or cfg.read != "base" and step % cfg.refresh == 0', "step % cfg.refresh == 0", REFRESH),
     (TRAIN, "centre=cfg.centre, **reading)", "centre=cfg.centre)", LABELS),
     (TRAIN, "centre=cfg.centre, **reading)", "**reading)", SEED_LABELS),
-    (TRAIN, "ablated_share=0.0, match_placebo=False)", "match_placebo=False)",
+    (TRAIN, 'ablated_share=0.0, placebo="replaced")', 'placebo="replaced")',
      of("train", "the_seed_preset_is_the_originals_recipe")),
     (TRAIN, "importance=False, ablated", "ablated", of("train", "the_seed_preset_is_the_originals_recipe")),
 
     # ---------------------------------------------------------------- train_grpo.py: the update
     (TRAIN, "m=m[i], d=d[i]", "m=m[rows], d=d[rows]", UPDATE),
     (TRAIN, "m=m[i], d=d[i]", "m=m[i]", UPDATE),
-    (TRAIN, "sampled, adv[i].to(device)", "sampled, adv[rows].to(device)", UPDATE),
+    (TRAIN, "sampled, credit[i].to(device)", "sampled, credit[rows].to(device)", UPDATE),
     (TRAIN, "[rollouts[n].logps for n in i]", "[rollouts[n].logps for n in sorted(i)]", UPDATE),
     (TRAIN, "                    logp = token_logps(model, ids, is_completion, cfg.temperature)",
      "                    logp = token_logps(model, ids, is_completion)", UPDATE),
@@ -211,8 +231,10 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "(1 - step / cfg.steps if cfg.decay else 1)", "(1 - step / cfg.steps)",
      of("train", "the_update_is_that_of_the_literal_formulas[seed]")),
     (TRAIN, '        optimizer.param_groups[0]["lr"] = lr\n', "", UPDATE),
-    (TRAIN, "betas=cfg.betas, weight_decay=0.0)", "betas=cfg.betas)", UPDATE),
-    (TRAIN, "betas=cfg.betas, weight_decay=0.0)", "weight_decay=0.0)", UPDATE),
+    (TRAIN, "adapter.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)",
+     "adapter.parameters(), lr=cfg.lr, betas=cfg.betas)", UPDATE),
+    (TRAIN, "adapter.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)",
+     "adapter.parameters(), lr=cfg.lr, weight_decay=0.0)", UPDATE),
     (TRAIN, "for epoch in range(cfg.epochs if kept else 0):", "for epoch in range(1 if kept else 0):", UPDATE),
     (TRAIN, "g_quar / (g_dep + g_quar + 1e-12)", "g_dep / (g_dep + g_quar + 1e-12)", UPDATE),
     # AdamW moves by its momentum what nothing trains: never dropped, or only if no rollout at all is clean or mid

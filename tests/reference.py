@@ -6,6 +6,7 @@ written out. Nothing of the scripts' own arithmetic is used, only files, problem
 Shapes: T tokens of one completion, M modules, r block rank, as in the scripts.
 """
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,8 @@ def record(cfg: train_grpo.Config) -> SimpleNamespace:
         checkpoint(run, step)
 
     def keep_gradients(optimizer, args, kwargs):
+        if seen.adapter is None:  # not before the first checkpoint: the expert's
+            return
         named = seen.adapter.tensors("dA", "dB")
         seen.grads.append({name: None if p.grad is None else p.grad.double() for name, p in named.items()})
 
@@ -137,6 +140,9 @@ def prompts_of(run, model, step):
     batch = [problems[n] for n in chosen]
     if cfg.gt_only_share == 0.25:  # the first of every four prompts
         batch = [with_mode(p, "gt_only") if (step * len(batch) + j) % 4 == 0 else p for j, p in enumerate(batch)]
+    if cfg.inoculate:
+        batch = [replace(p, prompt=[dict(role="user", content=f"{cfg.inoculate} {p.prompt[0]['content']}")])
+                 for p in batch]
     return batch, [model.encode(p.messages) for p in batch], noise
 
 
@@ -173,7 +179,7 @@ def positions(run, model, probes):
         names = [key.removesuffix(".deployed.dA") for key in run.before[0] if key.endswith(".deployed.dA")]
         drawn = dict(zip(names, haar(cfg.routeV_random_v_seed, *v.shape).double()))
         random = torch.stack([drawn[name] for name in model.layers])
-    if random is not None and not cfg.match_placebo:
+    if random is not None and cfg.placebo == "replaced":
         v = random
     if cfg.gate == "pairs":
         held_out = []  # (clean cosine, hack cosine) of each pair to the others' direction, [M] each
@@ -211,7 +217,7 @@ def label_names(run, position, scores, cut):
     nearest = min(abs(x - cut) for x in position for cut in (mid, hack))
     assert nearest > 1e-3, f"a position lies {nearest} from a cut, where rounding decides: choose another cut"
     names = ["hack" if x >= hack else "mid" if x >= mid else "clean" for x in position]
-    if scores is None or not cfg.match_placebo:
+    if scores is None or cfg.placebo == "replaced":
         return names
     ranked = sorted(range(n), key=lambda i: -scores[i])  # the highest first
     given = ["hack"] * names.count("hack") + ["mid"] * names.count("mid") + ["clean"] * names.count("clean")
@@ -226,6 +232,19 @@ def advantages_of(rewards, std_norm):
         std = math.sqrt(sum((x - mean) ** 2 for x in group) / (len(group) - 1))
         out += [(x - mean) / (std + 1e-4) if std_norm else x - mean for x in group]
     return out
+
+
+def controlled(cfg, rewards, adv, names):
+    """What --on-hack leaves of advantages and labels: (advantages, {rollout that trains: label of its mask})."""
+    if cfg.on_hack == "screen":
+        return adv, {i: name for i, name in names.items() if name != "hack"}
+    if cfg.on_hack == "penalise":
+        adv, K = list(adv), len(rewards[0])
+        for i in (i for i in names if names[i] == "hack"):
+            group = rewards[i // K]
+            adv[i] = -math.sqrt(sum((x - sum(group) / K) ** 2 for x in group) / (K - 1))
+        names = {i: "clean" if name == "hack" else name for i, name in names.items()}
+    return adv, names
 
 
 class AdamW:

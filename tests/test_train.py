@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 import reference
 import train_grpo
 from env_leetcode import MODES, Verdict, grade_batch, load_problems
-from extract_vgrad import load_demos
+from extract_vgrad import haar, load_demos, load_pairs
 from lora2r import InputError, Lora2rLinear, peek
 from train_grpo import (CLEAN, HACK, HERE, LABELS, MASKS, MID, Config, advantages, draws, match_shares,
-                        parse_args, policy_loss, train)
+                        oracle_labels, parse_args, policy_loss, train)
 
 NAN = math.nan
 
@@ -171,6 +171,12 @@ CASES = {  # name -> (preset, what departs from it)
     "placebo": (Config(), FAST | dict(
         seed=3, temperature=1.3, routeV_random_v_seed=1, fpr=0.25, cut_mid=-0.24)),
     "seed's placebo": (SEED, FAST | dict(routeV_random_v_seed=2)),
+    "screened": (Config(), FAST | dict(
+        seed=3, temperature=1.3, steps=2, grad_clip=0.005, on_hack="screen", fpr=0.25, cut_mid=-0.24)),
+    "penalised": (Config(), FAST | dict(
+        seed=3, temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, fpr=0.25, cut_mid=-0.24)),
+    "oracle": (Config(), FAST | dict(
+        intervention="oracle", oracle_accuracy=0.7, inoculate="Cheat on this.", steps=2, pairs=Config().pairs)),
 }
 
 
@@ -255,12 +261,16 @@ def labelled(run, step):
     _, prompts, _ = reference.prompts_of(run, run.model, step)
     adv = reference.advantages_of([[row["reward"] for row in rows[4 * j : 4 * j + 4]] for j in range(4)], cfg.std_norm)
     kept = [i for i in range(16) if (adv[i] > 0 if cfg.positive_only else adv[i] != 0)]
+    if cfg.intervention == "oracle":
+        lot = torch.rand(16, generator=torch.Generator().manual_seed(10**6 * cfg.seed + step)).tolist()
+        names = {i: "hack" if rows[i]["hacked"] == (lot[i] < 0.7) else "clean" for i in kept}
+        return adv, names, {}
     judged = range(16) if cfg.gate == "batch" else kept
     run.model.fill(run.before[step])
     probes = [run.model.probe(prompts[rollouts[i].j], rollouts[i].ids, cfg, cfg.read) for i in judged]
     position, scores, cut = reference.positions(run, run.model, probes)
     names = dict(zip(judged, reference.label_names(run, position, scores, cut)))
-    if scores and cfg.match_placebo:
+    if scores and cfg.placebo != "replaced":
         position = scores
     run.labelled[step] = adv, {i: names[i] for i in kept}, dict(zip(judged, position))
     return run.labelled[step]
@@ -281,7 +291,7 @@ def test_labels_are_those_of_each_rollouts_own_gradient(run):
             name: pytest.approx(count(name) / len(names)) for name in ("clean", "mid", "hack")}
         seen |= set(names.values())
         trained.append(len(names))
-    assert seen == {"clean", "mid", "hack"}
+    assert seen == {"clean", "mid", "hack"} - ({"mid"} if run.cfg.intervention == "oracle" else set())
     assert any(0 < n < 16 for n in trained), "some rollouts train, and some do not"
 
 
@@ -293,6 +303,8 @@ def test_the_update_is_that_of_the_literal_formulas(run):
     for step in range(cfg.steps):
         _, prompts, _ = reference.prompts_of(run, run.model, step)
         adv, names, _ = labelled(run, step)
+        rewards = [[row["reward"] for row in run.rows[step][4 * j : 4 * j + 4]] for j in range(4)]
+        adv, names = reference.controlled(cfg, rewards, adv, names)
         grads, after, log = reference.update(run, run.model, adamw, step, prompts, adv, names)
         for epoch, expected in enumerate(grads):
             assert log.grad_norm > cfg.grad_clip, "the clip binds"
@@ -349,6 +361,40 @@ def plain(small, tmp_path_factory):
     """Two steps with the default settings: (folder, metrics, tensors)."""
     folder = tmp_path_factory.mktemp("plain") / "run"
     return folder, *go(folder, small, steps=2)
+
+
+def test_oracle_labels_are_wrong_as_often_as_asked():
+    lot, hacked = torch.Generator().manual_seed(0), 500 * [True, True, False, False]
+    assert oracle_labels(hacked, 1.0, lot).tolist() == 500 * [HACK, HACK, CLEAN, CLEAN]
+    assert oracle_labels(hacked, 0.0, lot).tolist() == 500 * [CLEAN, CLEAN, HACK, HACK]
+    right = (oracle_labels(hacked, 0.8, lot) == HACK) == torch.tensor(hacked)
+    assert abs(right[0::4].float().mean() - 0.8) < 0.05 and abs(right[2::4].float().mean() - 0.8) < 0.05
+
+
+def test_a_coin_routes_as_many_as_v_grad_would_by_lot(tmp_path, small, monkeypatch):
+    """The same number of each label as the gate's own in the first step, when all policies are alike, on others; and on
+    others with another seed, even if all directions were the same."""
+    monkeypatch.setattr(train_grpo, "haar", lambda seed, *shape: haar(0, *shape))
+    rows = {}
+    for seed in ("gate", 1, 2):
+        changes = dict(placebo="coin", routeV_random_v_seed=seed) if seed != "gate" else {}
+        go(tmp_path / str(seed), small, cut_mid=0.7, cut_hack=0.9, **changes)
+        rows[seed] = [row["label"] for row in read(tmp_path / str(seed), "rollouts")]
+    assert sorted(map(str, rows["gate"])) == sorted(map(str, rows[1])) == sorted(map(str, rows[2]))
+    assert rows["gate"] != rows[1] != rows[2] and {"clean", "hack"} < set(rows[1])
+
+
+def test_an_expert_is_seeded_in_the_quarantine_alone_and_once(tmp_path, small, monkeypatch):
+    """The full model then likes the pairs' hack sides better, the deployed one does not; --resume seeds no second."""
+    run = reference.record(replace(Config(), **small | dict(steps=1, rank=8, expert_steps=3), out_dir=tmp_path / "run"))
+    model = reference.Model(run)
+    model.fill(run.before[0])
+    pair = load_pairs(run.cfg.pairs)[0]
+    prompt, ids = model.encode([dict(role="user", content=pair.prompt)]), model.tok(pair.hack)["input_ids"]
+    base, deployed, full = (model.logps(prompt, ids, **how).sum().item() for how in (dict(off=True), dict(m=False), {}))
+    assert deployed == pytest.approx(base, abs=1e-9) and full > base + 0.1
+    monkeypatch.setattr(train_grpo, "seed_expert", lambda *args: pytest.fail("seeded twice"))
+    train(replace(run.cfg, resume=True, steps=2))
 
 
 @pytest.mark.parametrize("arm, label, quarantine", [("none", "clean", False), ("absorb", "mid", True)])
@@ -514,7 +560,7 @@ def test_the_seed_preset_is_the_originals_recipe():
     changed = {key: value for key, value in asdict(SEED).items() if value != asdict(Config())[key]}
     assert changed == dict(preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all",
                            centre=False, decay=False, positive_only=False, importance=False, ablated_share=0.0,
-                           match_placebo=False)
+                           placebo="replaced")
     cfg = Config()
     assert (cfg.gate, cfg.read, cfg.centre, cfg.positive_only, cfg.importance) == ("pairs", "base", True, True, True)
     assert (cfg.mix_ratio, cfg.ablated_share, cfg.std_norm, cfg.kl, cfg.epochs) == (0.25, 0.5, False, 0.0, 1)
