@@ -57,6 +57,7 @@ LOGPS = of("evaluate", "token_logps_are_of_the_next_token_at_the_temperature")
 FORMULA = of("lora2r", "value_and_gradients_are_those_of_the_literal_formula")
 DIFFERENCES = of("lora2r", "probe_gradient_matches_finite_differences")
 PROBE_OFF = of("lora2r", "probe_read_off_is_the_probe_of_an_adapter_at_init")
+HUGGING_FACE = of("lora2r", "sampled_and_trained_log_probabilities_are_those_of_hugging_face")
 FOLDED = of("lora2r", "folded_forward_equals_the_blocks_and_is_undone_bit_exactly")
 OWN_NOISE = of("evaluate", "a_rollout_depends_on_its_own_noise_only")
 MEMORY = of("extract", "predicted_memory_is_what_autograd_keeps")
@@ -280,6 +281,15 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (LORA, "for p in [] if trains_dep else self.deployed_parameters():",
      "for p in [] if trains_dep else self.quarantine_parameters():",
      of("lora2r", "block_that_must_not_train_does_not_move_under_adamw_with_momentum")),
+    (LORA, '"qkv_proj", ', "", of("lora2r", "attach_adapts_every_projection_and_freezes_the_base")),
+    (LORA, " in targets and base in decoder}", " in targets}", of("lora2r", "vision_tower_is_not_adapted")),
+    (LORA, "config = model.config.get_text_config()", "config = model.config",
+     of("lora2r", "vision_tower_is_not_adapted")),
+    (LORA, ", enable_thinking=False", "",
+     of("evaluate", "thinking_is_switched_off_and_a_template_without_a_system_role_says_so")),
+    (LORA, "if isinstance(ends, list):", "if False:",
+     of("evaluate", "a_turn_ends_where_the_chat_template_ends_it_and_a_model_needs_no_pad_token")),
+    (LORA, "input_ids=token, attention_mask=attend", "input_ids=token, attention_mask=None", HUGGING_FACE),
     (LORA, "    model.requires_grad_(False)\n", "",
      of("lora2r", "attach_adapts_every_projection_and_freezes_the_base")),
     (LORA, "dtype=torch.float32) / base.in_features**0.5", "dtype=torch.float32)",

@@ -1,19 +1,31 @@
 """The invariants of the adapter, on tiny random models. G rollouts, T tokens, M modules, r block rank."""
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config,
-                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration,
+                          GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Phi3ForCausalLM,
+                          Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 from evaluate_deploy import export
-from lora2r import Adapter, InputError, Lora2rLinear, ablate, attach, folded, load, peek, run_script, save, use
+from lora2r import (Adapter, InputError, Lora2rLinear, ablate, attach, batches, folded, generate, load, peek,
+                    predicted_memory, run_script, save, token_logps, use)
 
-KINDS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM),
-         "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+SIZES = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=61,
+             max_position_embeddings=64, initializer_range=0.2, rms_norm_eps=1e-6, pad_token_id=0, bos_token_id=1,
+             eos_token_id=2)
+ONE_LAYER_SLIDES = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+KINDS = {"llama": (LlamaForCausalLM, {}),
+         "qwen2": (Qwen2ForCausalLM, dict(tie_word_embeddings=True, **ONE_LAYER_SLIDES)),
+         "qwen3": (Qwen3ForCausalLM, dict(head_dim=8, **ONE_LAYER_SLIDES)),
+         "gemma3": (Gemma3ForCausalLM, dict(head_dim=8, sliding_window=4, tie_word_embeddings=True,
+                                            layer_types=["sliding_attention", "full_attention"])),
+         "mistral": (MistralForCausalLM, dict(sliding_window=4)),
+         "phi3": (Phi3ForCausalLM, dict(sliding_window=4))}
 MODES = {"clean": (False, False), "mid": (True, False), "hack": (True, True)}  # (m, d)
 R = 3
 
@@ -28,16 +40,13 @@ def one_thread():
 
 
 def tiny_model(kind="qwen3", dtype=torch.float64, seed=0, layers=2):
-    make_config, make_model = KINDS[kind]
-    sizes = dict(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                 intermediate_size=48, vocab_size=61, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
-                 eos_token_id=2)
+    make_model, options = KINDS[kind]
     torch.manual_seed(seed)
-    model = make_model(make_config(**sizes, **({"head_dim": 8} if kind == "qwen3" else {}))).eval().to(dtype)
+    model = make_model(make_model.config_class(num_hidden_layers=layers, **SIZES, **options)).eval().to(dtype)
     if dtype == torch.float64:  # Hugging Face's RMSNorm computes in fp32; in float64 gradients compare to many digits
         for norm in (module for name, module in model.named_modules() if name.rpartition(".")[2].endswith("norm")):
-            norm.forward = partial(F.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight,
-                                   eps=norm.variance_epsilon)
+            norm.forward = partial(F.rms_norm, normalized_shape=norm.weight.shape, eps=1e-6,
+                                   weight=norm.weight + (kind == "gemma3"))  # Gemma's scale is 1 + weight
     return model
 
 
@@ -117,9 +126,11 @@ def test_run_script_turns_an_error_into_one_line_and_an_exit_status(capsys, outc
 @pytest.mark.parametrize("kind", KINDS)
 def test_attach_adapts_every_projection_and_freezes_the_base(kind):
     model = tiny_model(kind, torch.float32)
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     rng = torch.get_rng_state()
     adapter = attach(model, R)
-    assert len(adapter) == 2 * 7 and adapter.r == R
+    assert set(adapter.modules) == linears - {"lm_head"} and adapter.r == R
+    assert len(adapter) == 2 * (4 if kind == "phi3" else 7)  # Phi's q, k, v are one layer, and so are gate and up
     assert torch.equal(torch.get_rng_state(), rng)  # attaching does not change what the run draws next
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in adapter.parameters()}
@@ -139,6 +150,19 @@ def test_delta_is_exactly_zero_at_init(kind, dtype):
     for mode in MODES:
         with use(adapter, **masks(mode, mode, mode)):
             assert torch.equal(model(ids).logits, before)
+
+
+def test_vision_tower_is_not_adapted():
+    """Gemma 3 from 4B up comes as a model of text and images."""
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    model = Gemma3ForConditionalGeneration(Gemma3Config(
+        text_config=dict(head_dim=8, num_hidden_layers=1, **SIZES), vision_config=vision, mm_tokens_per_image=4)).eval()
+    before = model(tokens()).logits
+    adapter = attach(model, R)
+    assert "q_proj" in {name.rpartition(".")[2] for name, _ in model.model.vision_tower.named_modules()}
+    assert len(adapter) == 7 and all(name.startswith("model.language_model.layers.") for name in adapter.modules)
+    assert torch.equal(model(tokens()).logits, before)
+    assert min(predicted_memory(model, adapter, 100, checkpointing=True)) > 0
 
 
 def test_adapter_is_fp32_on_a_bf16_base_and_depends_on_the_seed_alone():
@@ -335,7 +359,9 @@ def left_padded(lengths=(9, 5, 7)):
 
 
 @pytest.mark.parametrize("kind,modes", [("llama", ("clean", "mid", "hack")), ("qwen2", ("hack", "mid", "clean")),
-                                        ("qwen3", ("hack", "clean", "clean")), ("qwen3", ("mid", "mid", "hack"))])
+                                        ("qwen3", ("hack", "clean", "clean")), ("qwen3", ("mid", "mid", "hack")),
+                                        ("gemma3", ("clean", "mid", "hack")), ("mistral", ("hack", "mid", "clean")),
+                                        ("phi3", ("mid", "clean", "hack"))])
 def test_mixed_batch_equals_its_rollouts_alone_under_left_padding(kind, modes):
     model, adapter = tiny_adapter(kind)
     ids, mask = left_padded()
@@ -395,13 +421,14 @@ def test_probe_leaves_the_value_exact_and_lands_in_no_parameter(modes):
     assert all(p.grad is None for p in adapter.parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [None, False], ids=["both blocks", "ablated"])
 @pytest.mark.parametrize("stirred", [False, True], ids=["init", "trained"])
-def test_probe_gradient_matches_finite_differences(m, stirred):
-    model, adapter = tiny_adapter(stirred=stirred)
+def test_probe_gradient_matches_finite_differences(kind, m, stirred):
+    model, adapter = tiny_adapter(kind, stirred=stirred)
     ids = tokens()
     gradient = probe_gradient(model, adapter, ids, probe(adapter, 3), m=m)
-    assert gradient.shape == (14, 3, 2 * R) and gradient[..., :R].abs().min() > 0
+    assert gradient.shape == (len(adapter), 3, 2 * R) and gradient[..., :R].abs().min() > 0
     assert gradient[..., R:].any() == (m is None)
     picks = torch.randint(0, 10**6, (12, 3), generator=torch.Generator().manual_seed(1)) % torch.tensor(gradient.shape)
     for i, row, k in picks.tolist():
@@ -516,6 +543,29 @@ def test_greedy_sampling_is_the_same_folded_and_masked():
         masked = model.generate(ids, **options)
     with folded(adapter, quarantine=False):
         assert torch.equal(model.generate(ids, **options), masked)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_and_trained_log_probabilities_are_those_of_hugging_face(kind):
+    """Left-padded with a cache, right-padded without a mask, one rollout alone: far beyond the windows of 4 tokens."""
+    model, adapter = tiny_adapter(kind, torch.float32)
+    prompts = [tokens(1, T, seed=T)[0].tolist() for T in (2, 9, 5)]
+    noise = torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
+    with folded(adapter, quarantine=False):
+        (first, *_), _ = generate(model, SimpleNamespace(eos_token_id=2), prompts, [2] * 3, noise, 0.7)
+        eos = first[len(first) // 2]  # some of them end early, and leave the batch
+        completions, sampled = generate(model, SimpleNamespace(eos_token_id=eos), prompts, [2] * 3, noise, 0.7)
+    prompts = [prompt for prompt in prompts for _ in range(2)]
+    assert len({len(completion) for completion in completions}) > 1
+    with torch.no_grad(), use(adapter, m=False):
+        (rows, ids, is_completion), = batches(prompts, completions, 1000)
+        trained = token_logps(model, ids, is_completion, 0.7)
+        for j, i in enumerate(rows.tolist()):
+            whole = torch.tensor([prompts[i] + completions[i]])
+            logps = torch.log_softmax(model(whole).logits[0] / 0.7, -1)[:-1].gather(1, whole[0, 1:, None])[:, 0]
+            expected = logps[len(prompts[i]) - 1:]
+            torch.testing.assert_close(sampled[i], expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(trained[j][is_completion[j]], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
