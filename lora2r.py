@@ -32,6 +32,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from contextlib import contextmanager
@@ -158,16 +159,19 @@ def read_text(flag: str, path: str | Path, remedy: str) -> str:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which becomes it at the end, or not at all. Raises InputError if it cannot."""
+    """A temporary path beside `path`, for a file or a folder that becomes `path` at the end, or not at all. Raises
+    InputError if it cannot."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror or e}); check that its folder exists, may be written "
-                         "and has room; what was there before is still there") from e
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); check that its folder "
+                         "exists, may be written and has room; what was there before is still there") from e
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 
@@ -307,15 +311,23 @@ class Block(nn.Module):
         return (self.B0 + self.dB) @ self.dA + self.dB @ self.A0
 
 
+def factors(blocks: list[Block]) -> tuple[Tensor, Tensor]:
+    """[dA; A0] [2kr, d_in] and [B, dB] [d_out, 2kr] of k blocks, a LoRA of rank 2kr: their product is B A - B0 A0.
+
+    [A; A0] and [B, -B0] have that product too, but as a small difference of large numbers: bf16 would lose most of it.
+    """
+    down = torch.cat([b.dA for b in blocks] + [b.A0 for b in blocks])
+    return down, torch.cat([b.B0 + b.dB for b in blocks] + [b.dB for b in blocks], dim=1)
+
+
 def delta(x: Tensor, blocks: list[Block], c: Tensor | None = None) -> Tensor:
     """What k blocks add to a layer: x [G, T, d_in] -> B (A x) - B0 (A0 x), [G, T, d_out]; with a probe
     c [G, T, kr] or [G, 1, kr], B (c * (A x)) - B0 (A0 x).
 
-    Computed as B (dA x) + dB (A0 x): the same value and the same gradients (dA and A differ by a constant), but no
-    small difference of large numbers, so nothing is lost in bf16. The sum B0 + dB is fp32; the matmuls have x's dtype.
+    Computed as B (dA x) + dB (A0 x): the same value and the same gradients (dA and A differ by a constant), and nothing
+    is lost in bf16. The sum B0 + dB is fp32; the matmuls have x's dtype.
     """
-    down = torch.cat([b.dA for b in blocks] + [b.A0 for b in blocks])  # [2kr, d_in]
-    up = torch.cat([b.B0 + b.dB for b in blocks] + [b.dB for b in blocks], dim=1)  # [d_out, 2kr]
+    down, up = factors(blocks)
     h = F.linear(x, down.to(x.dtype))  # [G, T, 2kr]: dA x, then A0 x
     if c is not None:
         dAx, A0x = h.chunk(2, dim=-1)

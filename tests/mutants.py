@@ -78,6 +78,8 @@ FORWARD = of("lora2r", "forward_table")
 GRADIENTS = of("lora2r", "gradient_table")
 READS = of("extract", "what_each_read_sees")
 EXTRACTED = of("extract", "extract_puts_pairs_gradients_where_they_belong")
+EXPORTED = of("lora2r", "exported_adapter_is_a_lora_of_rank_2r_that_bf16_hardly_rounds")
+FULL_DISK = of("inputs", "export_needs_no_problems_and_leaves_nothing_on_a_full_disk")
 POSITION = of("extract", "position_is_0_at_the_lower_and_1_at_the_upper_edge")
 ROUTING = of("evaluate", "routing_judges_the_gate_on_the_policys_own_rollouts_with_a_positive_advantage")
 PARTS = of("evaluate", "evaluate_keeps_problems_samples_and_noise_together_over_parts")
@@ -441,7 +443,25 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EVALUATE, '"base", *args)', '"base", *args[:-1], 0)', ROWS),
     (EVALUATE, "cfg.temperature, cfg.seed)", "0.7, cfg.seed)", DEPLOY),
     (EVALUATE, "with folded(adapter, quarantine=False):", "with folded(adapter):",
-     of("lora2r", "export_equals_the_ablated_adapter")),
+     of("lora2r", "export_loaded_by_the_usual_libraries_is_the_ablated_model[llama-fp32-merged]")),
+    (LORA, "for b in blocks] + [b.dB for b in blocks], dim=1)", "for b in blocks] + [-b.dB for b in blocks], dim=1)",
+     EXPORTED),
+    (LORA, "[b.B0 + b.dB for b in blocks] + [b.dB for b in blocks]",
+     "[b.dB for b in blocks] + [b.B0 + b.dB for b in blocks]", EXPORTED),
+    (EVALUATE, "factors([module.deployed])", "factors([module.quarantine])", EXPORTED),
+    (EVALUATE, "factors([module.deployed])", "factors([module.deployed, module.quarantine])",
+     of("lora2r", "export_holds_nothing_that_the_quarantine_learned[peft]")),
+    (EVALUATE, 'zip("AB", factors', 'zip("BA", factors', EXPORTED),
+    (EVALUATE, "lora_alpha=2 * adapter.r", "lora_alpha=adapter.r", EXPORTED),
+    (EVALUATE, "target_modules=list(adapter.modules)", "target_modules=list(adapter.modules)[1:]", EXPORTED),
+    (EVALUATE, "lora_{which}.weight\"] = factor", "lora_{which}.weight\"] = factor.bfloat16()", EXPORTED),
+    (EVALUATE, "(adapter.base[\"name\"]), bias", "(str(path)), bias", FULL_DISK),
+    (EVALUATE, "    check_new(path)\n", "", of("lora2r", "export_replaces_nothing_and_leaves_nothing_half_written")),
+    (LORA, "            shutil.rmtree(temporary)\n", "            return\n",
+     of("lora2r", "export_replaces_nothing_and_leaves_nothing_half_written")),
+    (LORA, "except (OSError, SafetensorError) as e:\n        raise InputError(f\"{path}: cannot be written",
+     "except OSError as e:\n        raise InputError(f\"{path}: cannot be written", FULL_DISK),
+    (EVALUATE, "[] if cfg.export else configs", "configs", FULL_DISK),
 
     # ---------------------------------------------------------------- env_leetcode.py, data/nano: the environment
     (ENV, "return 0.5 * compiles + 3.0 * passed", "return 0.5 + 3.0 * passed",

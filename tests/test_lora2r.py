@@ -1,12 +1,13 @@
 """The invariants of the adapter, on tiny random models. G rollouts, T tokens, M modules, r block rank."""
 import copy
+import json
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration,
                           GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Phi3ForCausalLM,
                           Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -568,21 +569,101 @@ def test_sampled_and_trained_log_probabilities_are_those_of_hugging_face(kind):
             torch.testing.assert_close(trained[j][is_completion[j]], expected, rtol=0, atol=1e-5)
 
 
+def exported(folder, kind="qwen3", dtype=torch.float32, size=0.1, format="peft"):
+    """(model, adapter) with both blocks moved by `size`; the base is saved at folder/base, the export at folder/out."""
+    model = tiny_model(kind, dtype)
+    model.save_pretrained(folder / "base")
+    adapter = stir(attach(model, R), size=size)
+    export(model, adapter, folder / "out", format)
+    return model, adapter
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")  # peft's
+@pytest.mark.parametrize("format", ["peft", "merged"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_export_equals_the_ablated_adapter(kind, tmp_path):
-    model = tiny_model(kind, torch.float32)
-    names, ids = set(model.state_dict()), tokens()
-    adapter = stir(attach(model, R))
-    before = model(ids).logits
-    export(model, adapter, tmp_path / "merged")
-    assert torch.equal(model(ids).logits, before)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert set(loaded.state_dict()) == names
-    with use(adapter, m=False):
-        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
-    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
-    with pytest.raises(InputError, match="merged.*exists"):
-        export(model, adapter, tmp_path / "merged")
+def test_export_loaded_by_the_usual_libraries_is_the_ablated_model(kind, dtype, format, tmp_path):
+    if format == "peft":
+        peft = pytest.importorskip("peft", reason="loads the exported adapter with peft itself: pip install peft")
+    model, adapter = exported(tmp_path, kind, dtype, format=format)
+    names = tiny_model(kind).state_dict().keys()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / ("base" if format == "peft" else "out"), dtype=dtype)
+    assert loaded.state_dict().keys() == names
+    if format == "peft":
+        loaded = peft.PeftModel.from_pretrained(loaded, tmp_path / "out")
+        adapted = {name for name, module in loaded.named_modules() if isinstance(module, peft.tuners.lora.Linear)}
+        assert adapted == {f"base_model.model.{name}" for name in adapter.modules}
+    with torch.no_grad():
+        logits, full = loaded.eval()(tokens()).logits, model(tokens()).logits
+        with use(adapter, m=False):
+            expected = model(tokens()).logits
+        with use(adapter, off=True):
+            base = model(tokens()).logits
+    assert min((base - expected).abs().max(), (full - expected).abs().max()) > 1
+    if dtype == torch.float32:
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert (logits - expected).norm() < 0.04 * (base - expected).norm()
+
+
+def test_exported_adapter_is_a_lora_of_rank_2r_that_bf16_hardly_rounds(tmp_path):
+    """lora_B lora_A is B A - B0 A0 of the deployed block; in bf16, as a server would load it, to a percent."""
+    model, adapter = exported(tmp_path, size=1e-3)
+    tensors, config = load_file(tmp_path / "out/adapter_model.safetensors"), json.loads(
+        (tmp_path / "out/adapter_config.json").read_text())
+    assert config["lora_alpha"] / config["r"] == 1 and config["target_modules"] == list(adapter.modules)
+    assert len(tensors) == 2 * len(adapter) and {t.dtype for t in tensors.values()} == {torch.float32}
+    for name, module in adapter.modules.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+        assert A.shape == (2 * R, module.base.in_features) and B.shape == (module.base.out_features, 2 * R)
+        A0, B0, dA, dB = (getattr(module.deployed, key).detach().double() for key in ("A0", "B0", "dA", "dB"))
+        exact = (B0 + dB) @ (A0 + dA) - B0 @ A0
+        for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.01)):
+            error = (B.to(dtype).double() @ A.to(dtype).double() - exact).norm() / exact.norm()
+            assert error < tolerance, (name, dtype, error)
+
+
+@pytest.mark.parametrize("format", ["peft", "merged"])
+def test_export_holds_nothing_that_the_quarantine_learned(format, tmp_path):
+    """No row of what it learned, in no dtype; and the same bytes whatever it learned."""
+    model, adapter = exported(tmp_path, format=format)
+    before = model(tokens()).logits
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert files and sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+    def found(block):
+        rows = [row for module in adapter.modules.values() for b in [getattr(module, block)]
+                for t in (b.dA, b.A0 + b.dA, b.dB, b.B0 + b.dB) for row in t.detach()]
+        pieces = [row.view(torch.uint8).numpy().tobytes() for row in rows] + [
+            row.bfloat16().view(torch.uint8).numpy().tobytes() for row in rows if len(row) > R]
+        return sum(piece in data for piece in pieces for data in files.values())
+
+    assert found("quarantine") == 0 and (found("deployed") > 0 or format == "merged")
+    with torch.no_grad():
+        for p in adapter.quarantine_parameters():
+            p.mul_(-2)
+    export(model, adapter, tmp_path / "again", format)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == files
+    with torch.no_grad():
+        for p in adapter.quarantine_parameters():
+            p.div_(-2)
+    assert torch.equal(model(tokens()).logits, before)  # exporting changed nothing
+
+
+def test_export_replaces_nothing_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    model, adapter = exported(tmp_path)
+    with pytest.raises(InputError, match="--export .*base: exists"):
+        export(model, adapter, tmp_path / "base", "merged")
+
+    def full(folder):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(InputError, match="again: cannot be written .No space left"):
+        export(model, adapter, tmp_path / "again", "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"] and not adapter.context
 
 
 # ---- precision
