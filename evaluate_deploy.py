@@ -192,8 +192,7 @@ class RunFolder:
         if not path.name or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise InputError(f"--out-dir {path}: {there} is not a folder that may be written; give another")
         if (path / ".lock").exists():
-            with self.locked():
-                pass
+            self.locked().close()
         self.is_run = (path / "config.json").exists() and bool(read_run(path))
         if not self.is_run and path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
             raise InputError(f"--out-dir {path}: exists and is no run folder; give another, or an empty one")

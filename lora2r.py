@@ -666,13 +666,12 @@ def load(adapter: Adapter, path: str | Path) -> dict[str, str]:
     tensors = adapter.tensors("dA", "dB", "A0", "B0")
     with safe_open(path, framework="pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}
-    keys = [key for key in ours if key != "name" and theirs.get(key) != ours[key]]
-    differ = [f"{key} {theirs.get(key)} -> {ours[key]}" for key in keys]
+    differ = [f"{key} {theirs.get(key)} -> {ours[key]}" for key in ours
+              if key != "name" and theirs.get(key) != ours[key]]
     if differ:
         raise InputError(f"{path}: was trained on base model {theirs['name'] or theirs['model_type']!r}, this one is "
                          f"{ours['name'] or ours['model_type']!r} ({', '.join(differ)}); load it into the former")
-    odd = sorted(tensors.keys() ^ saved.keys())
-    if odd:
+    if odd := sorted(tensors.keys() ^ saved.keys()):
         raise InputError(f"{path}: {len(odd)} tensors differ, the first is {odd[0]}; attach with its targets")
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
