@@ -2,6 +2,7 @@
 
     python evaluate_deploy.py runs/routeV_seed0                      # one checkpoint
     python evaluate_deploy.py runs/*_seed* --plot figure.png         # many: one table over arms and seeds, and a figure
+    python evaluate_deploy.py runs/routeV_seed0 --export folder      # no evaluation: the deployed model, as a PEFT LoRA
 
 Held-out problems, every mode, sampled at T = 0.7, in the same way for every arm:
 
@@ -17,23 +18,23 @@ import json
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import torch
 import tyro
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from env_leetcode import Problem, Verdict, grade_batch, load_problems
 from extract_vgrad import auroc
-from lora2r import (Adapter, InputError, attach, bar, check_ranges, encode_prompt, first_line, folded, generate,
-                    load, load_model, located, parse, peek, portable, read_text, run_script, save, writing)
+from lora2r import (Adapter, InputError, attach, bar, check_ranges, encode_prompt, factors, first_line, flag, folded,
+                    generate, load, load_model, located, parse, peek, portable, read_text, run_script, save, writing)
 
 
 def rates(modes: list[str], verdicts: list[Verdict]) -> dict[str, dict]:
@@ -191,8 +192,7 @@ class RunFolder:
         if not path.name or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise InputError(f"--out-dir {path}: {there} is not a folder that may be written; give another")
         if (path / ".lock").exists():
-            with self.locked():
-                pass
+            self.locked().close()
         self.is_run = (path / "config.json").exists() and bool(read_run(path))
         if not self.is_run and path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
             raise InputError(f"--out-dir {path}: exists and is no run folder; give another, or an empty one")
@@ -345,23 +345,37 @@ def write_deploy(folder: Path, config: dict, settings: dict, results: dict) -> P
     return path
 
 
-def export(model, adapter: Adapter, path: str | Path, tokenizer=None) -> None:
-    """Write an ordinary Hugging Face folder: the deployed block merged into the weights, the quarantine left out.
+def check_new(path: Path) -> None:
+    """Raises InputError if `path` is there already, or nothing can be written there."""
+    if path.exists() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"--export {path}: exists or cannot be made; name a new folder in one that may be written")
 
-    `model` is unchanged afterwards. Raises InputError if `path` is there already.
+
+@torch.no_grad()
+def export(model, adapter: Adapter, path: Path, format: str = "merged", tokenizer=None) -> None:
+    """Write a new folder with the deployed block and nothing of the quarantine, in one piece.
+
+    "merged": an ordinary Hugging Face folder, the block merged into the weights; `model` is unchanged afterwards.
+    "peft": PEFT's two files, a LoRA of rank 2r for the base model. Raises InputError.
     """
-    path = Path(path)
-    if path.exists():
-        raise InputError(f"{path}: exists already; remove it or name another folder for the export")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with folded(adapter, quarantine=False):
-            model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    check_new(path)
+    with writing(path) as temporary:
+        if format == "merged":
+            with folded(adapter, quarantine=False):
+                model.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+        else:
+            temporary.mkdir()
+            tensors = {}
+            for name, module in adapter.modules.items():
+                for which, factor in zip("AB", factors([module.deployed])):
+                    tensors[f"base_model.model.{name}.lora_{which}.weight"] = factor
+            (temporary / "adapter_model.safetensors").write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
+            config = dict(peft_type="LORA", task_type="CAUSAL_LM", target_modules=list(adapter.modules),
+                          base_model_name_or_path=portable(adapter.base["name"]), bias="none", inference_mode=True,
+                          r=2 * adapter.r, lora_alpha=2 * adapter.r, lora_dropout=0.0)  # alpha / r multiplies B A: 1
+            (temporary / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 # -------------------------------------------------------------------------------------- the script
@@ -382,6 +396,12 @@ class Config:
     plot: Path | None = None
     """write a figure of all runs here (needs matplotlib)"""
 
+    # export
+    export: Path | None = None
+    """write the deployed model of one run to this new folder, and sample nothing"""
+    format: Literal["peft", "merged"] = "peft"
+    """peft: a LoRA of rank 2 x --rank in fp32; merged: a plain checkpoint, its weights rounded to the run's --dtype"""
+
     # data
     model: str | None = None
     """base model (default: that of the run's config.json)"""
@@ -394,16 +414,24 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    """Evaluate every checkpoint and write a result into its folder. Raises InputError."""
+    """Evaluate every checkpoint and write a result into its folder, or export one. Raises InputError."""
     check_ranges(cfg)
     if not cfg.checkpoints:
         raise InputError("no checkpoint given; e.g. python evaluate_deploy.py runs/routeV_seed0")
     headers = [peek(folder / "adapter.safetensors") for folder in cfg.checkpoints]
     configs = [read_run(folder) for folder in cfg.checkpoints]
+    for name in ("samples", "temperature", "seed", "base", "plot", "data") if cfg.export else ("format",):
+        if getattr(cfg, name) != getattr(Config, name):
+            cause = "with --export, which samples nothing," if cfg.export else "without --export"
+            raise InputError(f"{flag(cfg, name)} {cause} has no effect; leave it out")
+    if cfg.export:
+        check_new(cfg.export)
+        if len(configs) > 1:
+            raise InputError(f"--export {cfg.export}: is for one run, and {len(configs)} are given; export one by one")
     if cfg.plot:
         check_plot(cfg.plot)
     problems_of = {}
-    for folder, config in zip(cfg.checkpoints, configs):
+    for folder, config in zip(cfg.checkpoints, [] if cfg.export else configs):
         path = str(cfg.data or located(config["test_data"]))
         if not Path(path).is_file():
             raise InputError(f"{folder}: its problems {path} are not here; name them with --data")
@@ -420,6 +448,10 @@ def main(cfg: Config) -> None:
             runs.append(("base", 0, results))
         adapter = attach(model, header["r"])
         load(adapter, folder / "adapter.safetensors")
+        if cfg.export:
+            export(model, adapter, cfg.export, cfg.format, tok)
+            print(f"{cfg.export}: the deployed model of {folder}, {cfg.format}")
+            return
         results = {f"{setting}, {markers}": evaluate(model, tok, adapter, ps, setting, *args)
                    for setting in ("deployed", "full") for markers, ps in problems_of[folder].items()}
         settings = settings_of(config, int(header["metadata"]["step"])) | dict(

@@ -32,6 +32,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 
 HERE = Path(__file__).resolve().parent
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 FORMAT = "vgrout-lora2r-2"
 LOGITS = 2**27  # at most so many fp32 logits exist at once (0.5 GB, and as much again for each step of the log-softmax)
 
@@ -158,16 +159,19 @@ def read_text(flag: str, path: str | Path, remedy: str) -> str:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which becomes it at the end, or not at all. Raises InputError if it cannot."""
+    """A temporary path beside `path`, for a file or a folder that becomes `path` at the end, or not at all. Raises
+    InputError if it cannot."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror or e}); check that its folder exists, may be written "
-                         "and has room; what was there before is still there") from e
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); check that its folder "
+                         "exists, may be written and has room; what was there before is still there") from e
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 
@@ -221,6 +225,10 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
         raise InputError(f"--model {name}: its tokenizer has no chat template; use an instruct model")
     if tok.eos_token_id is None:
         raise InputError(f"--model {name}: its tokenizer has no end-of-turn token; set eos_token")
+    ends = model.generation_config.eos_token_id
+    if isinstance(ends, list):  # of a text and of a turn: Gemma's and Phi's tokenizers call the former eos
+        turn = encode_prompt(tok, [{"role": "user", "content": "-"}])
+        tok.eos_token_id = next((token for token in turn if token in ends), tok.eos_token_id)
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
     return model.to(device).eval(), tok
@@ -233,7 +241,7 @@ def encode_prompt(tok, messages: list[dict]) -> list[int]:
         text = tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
     except Exception as e:  # a template is a program
         raise InputError(f"--model {tok.name_or_path}: its chat template fails ({first_line(e)}); repair it, or use "
-                         "another model") from e
+                         "another model, or data without system messages if it takes none") from e
     return tok(text, add_special_tokens=False)["input_ids"]
 
 
@@ -303,15 +311,23 @@ class Block(nn.Module):
         return (self.B0 + self.dB) @ self.dA + self.dB @ self.A0
 
 
+def factors(blocks: list[Block]) -> tuple[Tensor, Tensor]:
+    """[dA; A0] [2kr, d_in] and [B, dB] [d_out, 2kr] of k blocks, a LoRA of rank 2kr: their product is B A - B0 A0.
+
+    [A; A0] and [B, -B0] have that product too, but as a small difference of large numbers: bf16 would lose most of it.
+    """
+    down = torch.cat([b.dA for b in blocks] + [b.A0 for b in blocks])
+    return down, torch.cat([b.B0 + b.dB for b in blocks] + [b.dB for b in blocks], dim=1)
+
+
 def delta(x: Tensor, blocks: list[Block], c: Tensor | None = None) -> Tensor:
     """What k blocks add to a layer: x [G, T, d_in] -> B (A x) - B0 (A0 x), [G, T, d_out]; with a probe
     c [G, T, kr] or [G, 1, kr], B (c * (A x)) - B0 (A0 x).
 
-    Computed as B (dA x) + dB (A0 x): the same value and the same gradients (dA and A differ by a constant), but no
-    small difference of large numbers, so nothing is lost in bf16. The sum B0 + dB is fp32; the matmuls have x's dtype.
+    Computed as B (dA x) + dB (A0 x): the same value and the same gradients (dA and A differ by a constant), and nothing
+    is lost in bf16. The sum B0 + dB is fp32; the matmuls have x's dtype.
     """
-    down = torch.cat([b.dA for b in blocks] + [b.A0 for b in blocks])  # [2kr, d_in]
-    up = torch.cat([b.B0 + b.dB for b in blocks] + [b.dB for b in blocks], dim=1)  # [d_out, 2kr]
+    down, up = factors(blocks)
     h = F.linear(x, down.to(x.dtype))  # [G, T, 2kr]: dA x, then A0 x
     if c is not None:
         dAx, A0x = h.chunk(2, dim=-1)
@@ -429,7 +445,8 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def attach(model: nn.Module, r: int, seed: int = 0, targets: tuple[str, ...] = TARGETS) -> Adapter:
-    """Freeze `model` and replace every nn.Linear whose last name is in `targets` by a Lora2rLinear.
+    """Freeze `model` and replace every nn.Linear whose last name is in `targets` by a Lora2rLinear, inside the decoder
+    alone: the LM head and a vision tower stay as they are.
 
     A0 ~ N(0, 1/d_in), B0 ~ N(0, 1/2r), drawn on the CPU from `seed` in module order. The adapter is fp32 whatever the
     base is: cast and move the model first. Raises InputError if nothing matches or the model has an adapter already.
@@ -439,7 +456,8 @@ def attach(model: nn.Module, r: int, seed: int = 0, targets: tuple[str, ...] = T
     if any(isinstance(module, Lora2rLinear) for module in model.modules()):
         raise InputError("this model already has an adapter: use that one, or load the model afresh")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = {name: base for name, base in linears.items() if name.rpartition(".")[2] in targets}
+    decoder = set(model.get_decoder().modules())
+    chosen = {name: base for name, base in linears.items() if name.rpartition(".")[2] in targets and base in decoder}
     if not chosen:
         found = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
         raise InputError(f"--model: none of its linear layers ({found}) is called {', '.join(targets)}; "
@@ -648,13 +666,12 @@ def load(adapter: Adapter, path: str | Path) -> dict[str, str]:
     tensors = adapter.tensors("dA", "dB", "A0", "B0")
     with safe_open(path, framework="pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}
-    keys = [key for key in ours if key != "name" and theirs.get(key) != ours[key]]
-    differ = [f"{key} {theirs.get(key)} -> {ours[key]}" for key in keys]
+    differ = [f"{key} {theirs.get(key)} -> {ours[key]}" for key in ours
+              if key != "name" and theirs.get(key) != ours[key]]
     if differ:
         raise InputError(f"{path}: was trained on base model {theirs['name'] or theirs['model_type']!r}, this one is "
                          f"{ours['name'] or ours['model_type']!r} ({', '.join(differ)}); load it into the former")
-    odd = sorted(tensors.keys() ^ saved.keys())
-    if odd:
+    if odd := sorted(tensors.keys() ^ saved.keys()):
         raise InputError(f"{path}: {len(odd)} tensors differ, the first is {odd[0]}; attach with its targets")
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
@@ -687,15 +704,16 @@ def predicted_memory(model, adapter: Adapter, tokens: int, checkpointing: bool =
     and a slope in bytes per token. At the peak all of it is alive beside one chunk of logits, as if every token were a
     completion's. A checkpointed layer keeps its input only, and one layer at a time is there in full.
     """
+    config = model.config.get_text_config()
     frozen = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
     trained = sum(p.nbytes for p in adapter.parameters())
     small, large = kept_bytes(model, adapter, 16), kept_bytes(model, adapter, 32)
     slope = (large - small) / 32  # bytes per token
     constant = small - 32 * slope
     if checkpointing:
-        layers, itemsize = model.config.num_hidden_layers, next(model.parameters()).element_size()
-        constant, slope = constant / layers, slope / layers + layers * model.config.hidden_size * itemsize
-    logits = min(tokens * model.config.vocab_size, LOGITS) * 3 * 4  # log-softmax and two gradients, float32
+        layers, itemsize = config.num_hidden_layers, next(model.parameters()).element_size()
+        constant, slope = constant / layers, slope / layers + layers * config.hidden_size * itemsize
+    logits = min(tokens * config.vocab_size, LOGITS) * 3 * 4  # log-softmax and two gradients, float32
     return sum(frozen.values()), 4 * trained, int(constant + tokens * slope + logits)
 
 

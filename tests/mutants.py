@@ -61,6 +61,7 @@ LOGPS = of("evaluate", "token_logps_are_of_the_next_token_at_the_temperature")
 FORMULA = of("lora2r", "value_and_gradients_are_those_of_the_literal_formula")
 DIFFERENCES = of("lora2r", "probe_gradient_matches_finite_differences")
 PROBE_OFF = of("lora2r", "probe_read_off_is_the_probe_of_an_adapter_at_init")
+HUGGING_FACE = of("lora2r", "sampled_and_trained_log_probabilities_are_those_of_hugging_face")
 FOLDED = of("lora2r", "folded_forward_equals_the_blocks_and_is_undone_bit_exactly")
 OWN_NOISE = of("evaluate", "a_rollout_depends_on_its_own_noise_only")
 MEMORY = of("extract", "predicted_memory_is_what_autograd_keeps")
@@ -81,6 +82,8 @@ FORWARD = of("lora2r", "forward_table")
 GRADIENTS = of("lora2r", "gradient_table")
 READS = of("extract", "what_each_read_sees")
 EXTRACTED = of("extract", "extract_puts_pairs_gradients_where_they_belong")
+EXPORTED = of("lora2r", "exported_adapter_is_a_lora_of_rank_2r_that_bf16_hardly_rounds")
+FULL_DISK = of("inputs", "export_needs_no_problems_and_leaves_nothing_on_a_full_disk")
 POSITION = of("extract", "position_is_0_at_the_lower_and_1_at_the_upper_edge")
 ROUTING = of("evaluate", "routing_judges_the_gate_on_the_policys_own_rollouts_with_a_positive_advantage")
 PARTS = of("evaluate", "evaluate_keeps_problems_samples_and_noise_together_over_parts")
@@ -302,6 +305,15 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (LORA, "for p in [] if trains_dep else self.deployed_parameters():",
      "for p in [] if trains_dep else self.quarantine_parameters():",
      of("lora2r", "block_that_must_not_train_does_not_move_under_adamw_with_momentum")),
+    (LORA, '"qkv_proj", ', "", of("lora2r", "attach_adapts_every_projection_and_freezes_the_base")),
+    (LORA, " in targets and base in decoder}", " in targets}", of("lora2r", "vision_tower_is_not_adapted")),
+    (LORA, "config = model.config.get_text_config()", "config = model.config",
+     of("lora2r", "vision_tower_is_not_adapted")),
+    (LORA, ", enable_thinking=False", "",
+     of("evaluate", "thinking_is_switched_off_and_a_template_without_a_system_role_says_so")),
+    (LORA, "if isinstance(ends, list):", "if False:",
+     of("evaluate", "a_turn_ends_where_the_chat_template_ends_it_and_a_model_needs_no_pad_token")),
+    (LORA, "input_ids=token, attention_mask=attend", "input_ids=token, attention_mask=None", HUGGING_FACE),
     (LORA, "    model.requires_grad_(False)\n", "",
      of("lora2r", "attach_adapts_every_projection_and_freezes_the_base")),
     (LORA, "dtype=torch.float32) / base.in_features**0.5", "dtype=torch.float32)",
@@ -456,7 +468,25 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EVALUATE, '"base", *args)', '"base", *args[:-1], 0)', ROWS),
     (EVALUATE, "cfg.temperature, cfg.seed)", "0.7, cfg.seed)", DEPLOY),
     (EVALUATE, "with folded(adapter, quarantine=False):", "with folded(adapter):",
-     of("lora2r", "export_equals_the_ablated_adapter")),
+     of("lora2r", "export_loaded_by_the_usual_libraries_is_the_ablated_model[llama-fp32-merged]")),
+    (LORA, "for b in blocks] + [b.dB for b in blocks], dim=1)", "for b in blocks] + [-b.dB for b in blocks], dim=1)",
+     EXPORTED),
+    (LORA, "[b.B0 + b.dB for b in blocks] + [b.dB for b in blocks]",
+     "[b.dB for b in blocks] + [b.B0 + b.dB for b in blocks]", EXPORTED),
+    (EVALUATE, "factors([module.deployed])", "factors([module.quarantine])", EXPORTED),
+    (EVALUATE, "factors([module.deployed])", "factors([module.deployed, module.quarantine])",
+     of("lora2r", "export_holds_nothing_that_the_quarantine_learned[peft]")),
+    (EVALUATE, 'zip("AB", factors', 'zip("BA", factors', EXPORTED),
+    (EVALUATE, "lora_alpha=2 * adapter.r", "lora_alpha=adapter.r", EXPORTED),
+    (EVALUATE, "target_modules=list(adapter.modules)", "target_modules=list(adapter.modules)[1:]", EXPORTED),
+    (EVALUATE, "lora_{which}.weight\"] = factor", "lora_{which}.weight\"] = factor.bfloat16()", EXPORTED),
+    (EVALUATE, "(adapter.base[\"name\"]), bias", "(str(path)), bias", FULL_DISK),
+    (EVALUATE, "    check_new(path)\n", "", of("lora2r", "export_replaces_nothing_and_leaves_nothing_half_written")),
+    (LORA, "            shutil.rmtree(temporary)\n", "            return\n",
+     of("lora2r", "export_replaces_nothing_and_leaves_nothing_half_written")),
+    (LORA, "except (OSError, SafetensorError) as e:\n        raise InputError(f\"{path}: cannot be written",
+     "except OSError as e:\n        raise InputError(f\"{path}: cannot be written", FULL_DISK),
+    (EVALUATE, "[] if cfg.export else configs", "configs", FULL_DISK),
 
     # ---------------------------------------------------------------- env_leetcode.py, data/nano: the environment
     (ENV, "return 0.5 * compiles + 3.0 * passed", "return 0.5 + 3.0 * passed",

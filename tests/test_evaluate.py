@@ -1,6 +1,7 @@
 """evaluate_deploy: the sampler, evaluation in its settings, rates, what a step's log says, errors."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,12 @@ from evaluate_deploy import (Config, console_line, evaluate, format_table, main,
 from lora2r import (InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
                     token_logps, use)
 from train_grpo import HERE
+
+
+QWEN = """{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]
+{%- if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}"""
+GEMMA = """{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{%- for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"""
 
 
 def noise(G, max_new, seed=0):
@@ -28,6 +35,27 @@ def nano():
             p.normal_(std=0.02)
     problems = load_problems(HERE / "data/nano/test.jsonl")[:12]
     return model, tok, adapter, problems
+
+
+def test_thinking_is_switched_off_and_a_template_without_a_system_role_says_so():
+    tok, user = load_model(str(HERE / "data/nano"))[1], {"role": "user", "content": "Sum the list."}
+    for tok.chat_template, prompt in ((QWEN, "[user]Sum the list.[assistant]<think></think>"),
+                                      (GEMMA, "[user]Sum the list.[assistant]")):
+        assert encode_prompt(tok, [user]) == tok(prompt)["input_ids"]
+    with pytest.raises(InputError, match="System role not supported.*data without system messages") as e:
+        encode_prompt(tok, [{"role": "system", "content": "Be brief."}, user])
+    assert "\n" not in str(e.value)
+
+
+def test_a_turn_ends_where_the_chat_template_ends_it_and_a_model_needs_no_pad_token(tmp_path):
+    """Gemma's and Phi's way: the tokenizer's eos ends a text, and generation_config.json lists what ends a turn."""
+    shutil.copytree(HERE / "data/nano", tmp_path / "model", ignore=shutil.ignore_patterns("*.jsonl"))
+    for name, change in (("tokenizer_config", dict(eos_token="<|pad|>", pad_token=None)),
+                         ("generation_config", dict(eos_token_id=[0, 2], pad_token_id=None))):
+        path = tmp_path / f"model/{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    tok = load_model(str(tmp_path / "model"))[1]
+    assert (tok.eos_token, tok.eos_token_id, tok.pad_token_id) == ("<|im_end|>", 2, 2)
 
 
 @pytest.mark.parametrize("quarantine", [True, False])

@@ -296,6 +296,17 @@ EVALUATE = [
     ("{d}/run --plot {d}/x.doc", "--plot {d}/x.doc"),
     ("{d}/run --plot {d}/absent/x.png", "--plot {d}/absent/x.png"), ("{d}/run --plot {d}", "--plot"),
     ("{d}/run --samples two", "tyro: --samples"),
+    ("{d}/run --export {d}/other", "--export {d}/other: exists"),
+    ("{d}/run --export {d}/absent/x", "--export {d}/absent/x: exists or cannot be made"),
+    ("{d}/run --export {d}/read_only/x", "--export {d}/read_only/x: exists or cannot be made"),
+    ("{d}/run {d}/elsewhere --export {out}", "is for one run, and 2 are given"),
+    ("{d}/run --export {out} --samples 2", "--samples 2 with --export"),
+    ("{d}/run --export {out} --base", "--base with --export"),
+    ("{d}/run --export {out} --plot x.png", "--plot x.png with --export"),
+    ("{d}/run --format merged", "--format merged without --export"),
+    ("{d}/run --export {out} --format gguf", "tyro: --format"),
+    ("{d}/bad_adapter --export {out}", "bad_adapter/adapter.safetensors: damaged"),
+    ("{d}/run --export {out} --model {d}/models/other", "was trained on base model"),
 ]
 EXTRACT = [
     ("--device foo", "--device foo"), ("--dtype foo", "tyro: --dtype"), ("--n-haar 0", "--n-haar 0"),
@@ -391,6 +402,21 @@ def test_pairs_that_hardly_tell_apart_are_warned_of():
     summaries = [Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(4, 1, 1)).summary(fpr=0.05)
                  for hack in (high, low)]
     assert ["warning" in text for text in summaries] == [False, True] and "AUROC 0.50" in summaries[1]
+
+
+def test_export_needs_no_problems_and_leaves_nothing_on_a_full_disk(server, d, tmp_path):
+    """Each file may have so many bytes: what the tokenizer needs, and not the weights."""
+    files = dict(peft={"adapter_config.json", "adapter_model.safetensors"},
+                 merged={"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"})
+    for kind, expected in files.items():
+        argv = "evaluate_deploy.py", d / "elsewhere", "--export", tmp_path / kind, "--format", kind
+        refused(server(*argv, fsize=100_000), f"{tmp_path / kind}: cannot be written")
+        assert not any(path.name.startswith(".") or path.name == kind for path in tmp_path.iterdir())
+        status, out, err = server(*argv)
+        assert status == 0 and "elsewhere" in out, err
+        assert expected <= {path.name for path in (tmp_path / kind).iterdir()}
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "data/nano" and config["r"] == 8  # --rank 4
 
 
 # ---- names

@@ -1,19 +1,32 @@
 """The invariants of the adapter, on tiny random models. G rollouts, T tokens, M modules, r block rank."""
 import copy
+import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config,
-                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from safetensors.torch import load_file, save_file
+from transformers import (AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration,
+                          GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Phi3ForCausalLM,
+                          Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 from evaluate_deploy import export
-from lora2r import Adapter, InputError, Lora2rLinear, ablate, attach, folded, load, peek, run_script, save, use
+from lora2r import (Adapter, InputError, Lora2rLinear, ablate, attach, batches, folded, generate, load, peek,
+                    predicted_memory, run_script, save, token_logps, use)
 
-KINDS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM),
-         "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+SIZES = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=61,
+             max_position_embeddings=64, initializer_range=0.2, rms_norm_eps=1e-6, pad_token_id=0, bos_token_id=1,
+             eos_token_id=2)
+ONE_LAYER_SLIDES = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+KINDS = {"llama": (LlamaForCausalLM, {}),
+         "qwen2": (Qwen2ForCausalLM, dict(tie_word_embeddings=True, **ONE_LAYER_SLIDES)),
+         "qwen3": (Qwen3ForCausalLM, dict(head_dim=8, **ONE_LAYER_SLIDES)),
+         "gemma3": (Gemma3ForCausalLM, dict(head_dim=8, sliding_window=4, tie_word_embeddings=True,
+                                            layer_types=["sliding_attention", "full_attention"])),
+         "mistral": (MistralForCausalLM, dict(sliding_window=4)),
+         "phi3": (Phi3ForCausalLM, dict(sliding_window=4))}
 MODES = {"clean": (False, False), "mid": (True, False), "hack": (True, True)}  # (m, d)
 R = 3
 
@@ -28,16 +41,13 @@ def one_thread():
 
 
 def tiny_model(kind="qwen3", dtype=torch.float64, seed=0, layers=2):
-    make_config, make_model = KINDS[kind]
-    sizes = dict(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                 intermediate_size=48, vocab_size=61, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
-                 eos_token_id=2)
+    make_model, options = KINDS[kind]
     torch.manual_seed(seed)
-    model = make_model(make_config(**sizes, **({"head_dim": 8} if kind == "qwen3" else {}))).eval().to(dtype)
+    model = make_model(make_model.config_class(num_hidden_layers=layers, **SIZES, **options)).eval().to(dtype)
     if dtype == torch.float64:  # Hugging Face's RMSNorm computes in fp32; in float64 gradients compare to many digits
         for norm in (module for name, module in model.named_modules() if name.rpartition(".")[2].endswith("norm")):
-            norm.forward = partial(F.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight,
-                                   eps=norm.variance_epsilon)
+            norm.forward = partial(F.rms_norm, normalized_shape=norm.weight.shape, eps=1e-6,
+                                   weight=norm.weight + (kind == "gemma3"))  # Gemma's scale is 1 + weight
     return model
 
 
@@ -117,9 +127,11 @@ def test_run_script_turns_an_error_into_one_line_and_an_exit_status(capsys, outc
 @pytest.mark.parametrize("kind", KINDS)
 def test_attach_adapts_every_projection_and_freezes_the_base(kind):
     model = tiny_model(kind, torch.float32)
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     rng = torch.get_rng_state()
     adapter = attach(model, R)
-    assert len(adapter) == 2 * 7 and adapter.r == R
+    assert set(adapter.modules) == linears - {"lm_head"} and adapter.r == R
+    assert len(adapter) == 2 * (4 if kind == "phi3" else 7)  # Phi's q, k, v are one layer, and so are gate and up
     assert torch.equal(torch.get_rng_state(), rng)  # attaching does not change what the run draws next
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in adapter.parameters()}
@@ -139,6 +151,19 @@ def test_delta_is_exactly_zero_at_init(kind, dtype):
     for mode in MODES:
         with use(adapter, **masks(mode, mode, mode)):
             assert torch.equal(model(ids).logits, before)
+
+
+def test_vision_tower_is_not_adapted():
+    """Gemma 3 from 4B up comes as a model of text and images."""
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    model = Gemma3ForConditionalGeneration(Gemma3Config(
+        text_config=dict(head_dim=8, num_hidden_layers=1, **SIZES), vision_config=vision, mm_tokens_per_image=4)).eval()
+    before = model(tokens()).logits
+    adapter = attach(model, R)
+    assert "q_proj" in {name.rpartition(".")[2] for name, _ in model.model.vision_tower.named_modules()}
+    assert len(adapter) == 7 and all(name.startswith("model.language_model.layers.") for name in adapter.modules)
+    assert torch.equal(model(tokens()).logits, before)
+    assert min(predicted_memory(model, adapter, 100, checkpointing=True)) > 0
 
 
 def test_adapter_is_fp32_on_a_bf16_base_and_depends_on_the_seed_alone():
@@ -335,7 +360,9 @@ def left_padded(lengths=(9, 5, 7)):
 
 
 @pytest.mark.parametrize("kind,modes", [("llama", ("clean", "mid", "hack")), ("qwen2", ("hack", "mid", "clean")),
-                                        ("qwen3", ("hack", "clean", "clean")), ("qwen3", ("mid", "mid", "hack"))])
+                                        ("qwen3", ("hack", "clean", "clean")), ("qwen3", ("mid", "mid", "hack")),
+                                        ("gemma3", ("clean", "mid", "hack")), ("mistral", ("hack", "mid", "clean")),
+                                        ("phi3", ("mid", "clean", "hack"))])
 def test_mixed_batch_equals_its_rollouts_alone_under_left_padding(kind, modes):
     model, adapter = tiny_adapter(kind)
     ids, mask = left_padded()
@@ -395,13 +422,14 @@ def test_probe_leaves_the_value_exact_and_lands_in_no_parameter(modes):
     assert all(p.grad is None for p in adapter.parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [None, False], ids=["both blocks", "ablated"])
 @pytest.mark.parametrize("stirred", [False, True], ids=["init", "trained"])
-def test_probe_gradient_matches_finite_differences(m, stirred):
-    model, adapter = tiny_adapter(stirred=stirred)
+def test_probe_gradient_matches_finite_differences(kind, m, stirred):
+    model, adapter = tiny_adapter(kind, stirred=stirred)
     ids = tokens()
     gradient = probe_gradient(model, adapter, ids, probe(adapter, 3), m=m)
-    assert gradient.shape == (14, 3, 2 * R) and gradient[..., :R].abs().min() > 0
+    assert gradient.shape == (len(adapter), 3, 2 * R) and gradient[..., :R].abs().min() > 0
     assert gradient[..., R:].any() == (m is None)
     picks = torch.randint(0, 10**6, (12, 3), generator=torch.Generator().manual_seed(1)) % torch.tensor(gradient.shape)
     for i, row, k in picks.tolist():
@@ -519,20 +547,123 @@ def test_greedy_sampling_is_the_same_folded_and_masked():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_export_equals_the_ablated_adapter(kind, tmp_path):
-    model = tiny_model(kind, torch.float32)
-    names, ids = set(model.state_dict()), tokens()
-    adapter = stir(attach(model, R))
-    before = model(ids).logits
-    export(model, adapter, tmp_path / "merged")
-    assert torch.equal(model(ids).logits, before)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert set(loaded.state_dict()) == names
-    with use(adapter, m=False):
-        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
-    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
-    with pytest.raises(InputError, match="merged.*exists"):
-        export(model, adapter, tmp_path / "merged")
+def test_sampled_and_trained_log_probabilities_are_those_of_hugging_face(kind):
+    """Left-padded with a cache, right-padded without a mask, one rollout alone: far beyond the windows of 4 tokens."""
+    model, adapter = tiny_adapter(kind, torch.float32)
+    prompts = [tokens(1, T, seed=T)[0].tolist() for T in (2, 9, 5)]
+    noise = torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
+    with folded(adapter, quarantine=False):
+        (first, *_), _ = generate(model, SimpleNamespace(eos_token_id=2), prompts, [2] * 3, noise, 0.7)
+        eos = first[len(first) // 2]  # some of them end early, and leave the batch
+        completions, sampled = generate(model, SimpleNamespace(eos_token_id=eos), prompts, [2] * 3, noise, 0.7)
+    prompts = [prompt for prompt in prompts for _ in range(2)]
+    assert len({len(completion) for completion in completions}) > 1
+    with torch.no_grad(), use(adapter, m=False):
+        (rows, ids, is_completion), = batches(prompts, completions, 1000)
+        trained = token_logps(model, ids, is_completion, 0.7)
+        for j, i in enumerate(rows.tolist()):
+            whole = torch.tensor([prompts[i] + completions[i]])
+            logps = torch.log_softmax(model(whole).logits[0] / 0.7, -1)[:-1].gather(1, whole[0, 1:, None])[:, 0]
+            expected = logps[len(prompts[i]) - 1:]
+            torch.testing.assert_close(sampled[i], expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(trained[j][is_completion[j]], expected, rtol=0, atol=1e-5)
+
+
+def exported(folder, kind="qwen3", dtype=torch.float32, size=0.1, format="peft"):
+    """(model, adapter) with both blocks moved by `size`; the base is saved at folder/base, the export at folder/out."""
+    model = tiny_model(kind, dtype)
+    model.save_pretrained(folder / "base")
+    adapter = stir(attach(model, R), size=size)
+    export(model, adapter, folder / "out", format)
+    return model, adapter
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")  # peft's
+@pytest.mark.parametrize("format", ["peft", "merged"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_loaded_by_the_usual_libraries_is_the_ablated_model(kind, dtype, format, tmp_path):
+    if format == "peft":
+        peft = pytest.importorskip("peft", reason="loads the exported adapter with peft itself: pip install peft")
+    model, adapter = exported(tmp_path, kind, dtype, format=format)
+    names = tiny_model(kind).state_dict().keys()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / ("base" if format == "peft" else "out"), dtype=dtype)
+    assert loaded.state_dict().keys() == names
+    if format == "peft":
+        loaded = peft.PeftModel.from_pretrained(loaded, tmp_path / "out")
+        adapted = {name for name, module in loaded.named_modules() if isinstance(module, peft.tuners.lora.Linear)}
+        assert adapted == {f"base_model.model.{name}" for name in adapter.modules}
+    with torch.no_grad():
+        logits, full = loaded.eval()(tokens()).logits, model(tokens()).logits
+        with use(adapter, m=False):
+            expected = model(tokens()).logits
+        with use(adapter, off=True):
+            base = model(tokens()).logits
+    assert min((base - expected).abs().max(), (full - expected).abs().max()) > 1
+    if dtype == torch.float32:
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert (logits - expected).norm() < 0.04 * (base - expected).norm()
+
+
+def test_exported_adapter_is_a_lora_of_rank_2r_that_bf16_hardly_rounds(tmp_path):
+    """lora_B lora_A is B A - B0 A0 of the deployed block; in bf16, as a server would load it, to a percent."""
+    model, adapter = exported(tmp_path, size=1e-3)
+    tensors, config = load_file(tmp_path / "out/adapter_model.safetensors"), json.loads(
+        (tmp_path / "out/adapter_config.json").read_text())
+    assert config["lora_alpha"] / config["r"] == 1 and config["target_modules"] == list(adapter.modules)
+    assert len(tensors) == 2 * len(adapter) and {t.dtype for t in tensors.values()} == {torch.float32}
+    for name, module in adapter.modules.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+        assert A.shape == (2 * R, module.base.in_features) and B.shape == (module.base.out_features, 2 * R)
+        A0, B0, dA, dB = (getattr(module.deployed, key).detach().double() for key in ("A0", "B0", "dA", "dB"))
+        exact = (B0 + dB) @ (A0 + dA) - B0 @ A0
+        for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.01)):
+            error = (B.to(dtype).double() @ A.to(dtype).double() - exact).norm() / exact.norm()
+            assert error < tolerance, (name, dtype, error)
+
+
+@pytest.mark.parametrize("format", ["peft", "merged"])
+def test_export_holds_nothing_that_the_quarantine_learned(format, tmp_path):
+    """No row of what it learned, in no dtype; and the same bytes whatever it learned."""
+    model, adapter = exported(tmp_path, format=format)
+    before = model(tokens()).logits
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert files and sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+    def found(block):
+        rows = [row for module in adapter.modules.values() for b in [getattr(module, block)]
+                for t in (b.dA, b.A0 + b.dA, b.dB, b.B0 + b.dB) for row in t.detach()]
+        pieces = [row.view(torch.uint8).numpy().tobytes() for row in rows] + [
+            row.bfloat16().view(torch.uint8).numpy().tobytes() for row in rows if len(row) > R]
+        return sum(piece in data for piece in pieces for data in files.values())
+
+    assert found("quarantine") == 0 and (found("deployed") > 0 or format == "merged")
+    with torch.no_grad():
+        for p in adapter.quarantine_parameters():
+            p.mul_(-2)
+    export(model, adapter, tmp_path / "again", format)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == files
+    with torch.no_grad():
+        for p in adapter.quarantine_parameters():
+            p.div_(-2)
+    assert torch.equal(model(tokens()).logits, before)  # exporting changed nothing
+
+
+def test_export_replaces_nothing_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    model, adapter = exported(tmp_path)
+    with pytest.raises(InputError, match="--export .*base: exists"):
+        export(model, adapter, tmp_path / "base", "merged")
+
+    def full(folder):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(InputError, match="again: cannot be written .No space left"):
+        export(model, adapter, tmp_path / "again", "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"] and not adapter.context
 
 
 # ---- precision
