@@ -2,6 +2,7 @@
 
     python evaluate_deploy.py runs/routeV_seed0                      # one checkpoint
     python evaluate_deploy.py runs/*_seed* --plot figure.png         # many: one table over arms and seeds, and a figure
+    python evaluate_deploy.py runs/*_seed* --results arms.jsonl   # no evaluation: means over seeds of what was
     python evaluate_deploy.py runs/routeV_seed0 --export folder      # no evaluation: the deployed model, as a PEFT LoRA
 
 Held-out problems, every mode, sampled at T = 0.7, in the same way for every arm:
@@ -24,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import IO, Literal
 
 import torch
@@ -87,6 +89,59 @@ def format_table(runs: list[tuple[str, int, dict]]) -> str:
                      for rate in ("solve", "hack", "exploit")]
             rows.append([arm, str(seed), condition, str(total["n"]), *cells,
                          *(f"{table[mode]['hack']:.3f}" if mode in table else "-" for mode in modes)])
+    return columns(rows)
+
+
+# -------------------------------------------------------------------------------------- many runs, from files alone
+T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 %, for 1 to 9 degrees of freedom
+
+
+def keep_results(folders: list[Path], path: Path) -> list[dict]:
+    """Add deploy.json and the last step's metrics of runs to the JSONL file `path`, a row a run, each in the place of
+    an older row of its arm and seed. Returns all rows. Raises InputError for a run that has none, or another file."""
+    try:
+        text = read_text("--results", path, "name a new file, or one of results") if path.exists() else ""
+        rows = {(row["arm"], row["seed"]): row for row in map(json.loads, text.splitlines())}
+        for folder in folders:
+            deploy, metrics = (read_text("", folder / name, "let the run come to its end")
+                               for name in ("deploy.json", "metrics.jsonl"))
+            row, last = json.loads(deploy), json.loads(metrics.splitlines()[-1])
+            rows[row["arm"], row["seed"]] = dict(**row, config=hash_of(folder / "config.json"), last=last)
+    except (ValueError, KeyError, TypeError, IndexError) as e:
+        raise InputError(f"--results {path}: it or a run is damaged ({e!r}); give finished runs and a file of "
+                         "results") from e
+    with writing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    return list(rows.values())
+
+
+def over_seeds(shares: list[float]) -> str:
+    """Mean over n seeds, for 2 to 10 with its 95 % t interval, cut to [0, 1]."""
+    n, centre = len(shares), mean(shares)
+    if not 2 <= n <= 10:
+        return f"{centre:.3f}"
+    half = T_975[n - 2] * stdev(shares) / n**0.5
+    return f"{centre:.3f} [{max(0.0, centre - half):.2f}, {min(1.0, centre + half):.2f}]"
+
+
+def format_arms(rows: list[dict]) -> str:
+    """Rows of `keep_results` -> a line per arm: what ships, trained markers, means over seeds."""
+    table = [["arm", "seeds", "deploy solve", "deploy hack", "worst seed", "worst mode", "compiles", "full hack"]]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        ships, full = ([row["results"][setting] for row in rows if row["arm"] == arm]
+                       for setting in ("deployed, trained", "full, trained"))
+        hack = [cell["all"]["hack"] for cell in ships]
+        by_mode = {mode: mean([cell[mode]["hack"] for cell in ships]) for mode in ships[0] if mode != "all"}
+        worst = max(by_mode, key=by_mode.get)
+        table.append([arm, str(len(ships)), over_seeds([cell["all"]["solve"] for cell in ships]), over_seeds(hack),
+                      f"{max(hack):.3f}", f"{worst} {by_mode[worst]:.3f}",
+                      f"{mean([cell['all']['compiles'] for cell in ships]):.2f}",
+                      f"{mean([cell['all']['hack'] for cell in full]):.3f}"])
+    return columns(table)
+
+
+def columns(rows: list[list[str]]) -> str:
+    """Rows of cells under each other."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
@@ -396,7 +451,9 @@ class Config:
     plot: Path | None = None
     """write a figure of all runs here (needs matplotlib)"""
 
-    # export
+    # instead of an evaluation
+    results: Path | None = None
+    """put what the runs' deploy.json say into this .jsonl file, and print its means over seeds; samples nothing"""
     export: Path | None = None
     """write the deployed model of one run to this new folder, and sample nothing"""
     format: Literal["peft", "merged"] = "peft"
@@ -416,20 +473,27 @@ class Config:
 def main(cfg: Config) -> None:
     """Evaluate every checkpoint and write a result into its folder, or export one. Raises InputError."""
     check_ranges(cfg)
+    samples_nothing = ["samples", "temperature", "seed", "base", "data"] if cfg.export or cfg.results else []
+    for name in [*samples_nothing, "plot" if cfg.export else "format"]:
+        if getattr(cfg, name) != getattr(Config, name):
+            cause = "with --export" if cfg.export else "without --export" if name == "format" else "with --results"
+            raise InputError(f"{flag(cfg, name)} {cause} has no effect; leave it out")
+    if cfg.plot:
+        check_plot(cfg.plot)
+    if cfg.results:
+        rows = keep_results(cfg.checkpoints, cfg.results)
+        print(format_arms(rows))
+        if cfg.plot:
+            plot([(row["arm"], row["seed"], row["results"]) for row in rows], cfg.plot, 0.7)
+        return
     if not cfg.checkpoints:
         raise InputError("no checkpoint given; e.g. python evaluate_deploy.py runs/routeV_seed0")
     headers = [peek(folder / "adapter.safetensors") for folder in cfg.checkpoints]
     configs = [read_run(folder) for folder in cfg.checkpoints]
-    for name in ("samples", "temperature", "seed", "base", "plot", "data") if cfg.export else ("format",):
-        if getattr(cfg, name) != getattr(Config, name):
-            cause = "with --export, which samples nothing," if cfg.export else "without --export"
-            raise InputError(f"{flag(cfg, name)} {cause} has no effect; leave it out")
     if cfg.export:
         check_new(cfg.export)
         if len(configs) > 1:
             raise InputError(f"--export {cfg.export}: is for one run, and {len(configs)} are given; export one by one")
-    if cfg.plot:
-        check_plot(cfg.plot)
     problems_of = {}
     for folder, config in zip(cfg.checkpoints, [] if cfg.export else configs):
         path = str(cfg.data or located(config["test_data"]))

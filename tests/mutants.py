@@ -40,6 +40,7 @@ REPLACED_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[se
 UPDATE = of("train", "the_update_is_that_of_the_literal_formulas[everything]")
 SCREENED = of("train", "the_update_is_that_of_the_literal_formulas[screened]")
 PENALISED = of("train", "the_update_is_that_of_the_literal_formulas[penalised]")
+KEPT = of("evaluate", "results_are_kept_a_row_a_run_and_averaged_by_arm")
 COIN = of("train", "a_coin_routes_as_many_as_v_grad_would_by_lot")
 EXPERT = of("train", "an_expert_is_seeded_in_the_quarantine_alone_and_once")
 PPO = of("train", "ppo_clip_is_pessimistic")
@@ -436,6 +437,12 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "auroc(out_hack[of_mode], out_clean[of_mode])", "auroc(out_hack, out_clean)", REPORT),
 
     # ---------------------------------------------------------------- evaluate_deploy.py
+    (EVALUATE, "half = T_975[n - 2]", "half = T_975[n - 1]", of("evaluate", "interval_over_seeds_is_students_t")),
+    (EVALUATE, "* stdev(shares) / n**0.5", "* stdev(shares) / n", of("evaluate", "interval_over_seeds_is_students_t")),
+    (EVALUATE, 'rows[row["arm"], row["seed"]] = dict(', 'rows[row["arm"], folder] = dict(', KEPT),
+    (EVALUATE, 'for row in rows if row["arm"] == arm]', "for row in rows]", KEPT),
+    (EVALUATE, "metrics.splitlines()[-1]", "metrics.splitlines()[0]", KEPT),
+    (EVALUATE, 'f"{max(hack):.3f}"', 'f"{min(hack):.3f}"', KEPT),
     (EVALUATE, "hack=[v.hacked for v in chosen]", "hack=[v.exploited for v in chosen]", RATES),
     (EVALUATE, 'if mode in ("all", of_mode)]', "]", RATES),
     (EVALUATE, "top_k: int = 0, temperature: float = 0.7", "top_k: int = 0, temperature: float = 1.0", PARTS),

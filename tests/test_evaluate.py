@@ -8,8 +8,8 @@ import torch
 
 import evaluate_deploy
 from env_leetcode import Verdict, load_problems
-from evaluate_deploy import (Config, console_line, evaluate, format_table, main, outcomes, rates, read_run, routing,
-                             wilson)
+from evaluate_deploy import (Config, console_line, evaluate, format_arms, format_table, keep_results, main, outcomes,
+                             over_seeds, rates, read_run, routing, wilson)
 from lora2r import (InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
                     token_logps, use)
 from train_grpo import HERE
@@ -308,6 +308,37 @@ def test_wilson_interval():
     assert wilson(0.0, 100) == pytest.approx((0.0, 0.0370), abs=1e-4)
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert wilson(0.1, 10) == pytest.approx((0.0179, 0.4042), abs=1e-4)
+
+
+def test_interval_over_seeds_is_students_t():
+    """Standard deviations .2 and .1 (n - 1), of a table: t = 4.303 for 3 seeds, 2.776 for 5."""
+    assert over_seeds([0.2, 0.4, 0.6]) == "0.400 [0.00, 0.90]"  # .4 +- 4.303 * .2 / 3**.5
+    assert over_seeds([0.3, 0.4, 0.5, 0.5 - 0.1414, 0.3 + 0.1414]) == "0.400 [0.30, 0.50]"  # .4 +- 2.776 * .08 / 5**.5
+    assert over_seeds([0.25]) == "0.250"
+
+
+def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):
+    def finished(name, arm, seed, solve, hack):
+        cell = dict(solve=solve, compiles=1.0)
+        table = dict(all=cell | dict(hack=hack), a=cell | dict(hack=0.0), b=cell | dict(hack=2 * hack))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+        results = {"deployed, trained": table, "full, trained": dict(all=dict(hack=0.875))}
+        (tmp_path / name / "deploy.json").write_text(json.dumps(dict(arm=arm, seed=seed, results=results), indent=1))
+        return tmp_path / name
+
+    file = tmp_path / "results.jsonl"
+    keep_results([finished("x", "none", 0, 0.5, 0.25), finished("y", "absorb", 0, 0.25, 0.5)], file)
+    rows = keep_results([finished("z", "none", 1, 0.5, 0.125), finished("again", "absorb", 0, 0.75, 0.125)], file)
+    assert [(row["arm"], row["seed"], row["last"]) for row in rows] == [
+        ("none", 0, dict(step=1)), ("absorb", 0, dict(step=1)), ("none", 1, dict(step=1))]
+    assert keep_results([], file) == rows
+    lines = format_arms(rows).splitlines()
+    head, none, absorb = ([part.strip() for part in line.split("  ") if part] for line in lines)
+    assert none == ["none", "2", "0.500 [0.50, 0.50]", "0.188 [0.00, 0.98]", "0.250", "b 0.375", "1.00", "0.875"]
+    assert absorb == ["absorb", "1", "0.750", "0.125", "0.125", "b 0.250", "1.00", "0.875"]
+    assert head == ["arm", "seeds", "deploy solve", "deploy hack", "worst seed", "worst mode", "compiles", "full hack"]
 
 
 def test_table_names_arm_seed_and_modes():

@@ -305,6 +305,9 @@ EVALUATE = [
     ("{d}/run --export {out} --plot x.png", "--plot x.png with --export"),
     ("{d}/run --format merged", "--format merged without --export"),
     ("{d}/run --export {out} --format gguf", "tyro: --format"),
+    ("{d}/run --results {out} --seed 3", "--seed 3 with --results"),
+    ("{d}/not_a_run --results {out}", "not_a_run/deploy.json: cannot be read"),
+    ("--results {d}/garbage", "--results {d}/garbage: it or a run is damaged"),
     ("{d}/bad_adapter --export {out}", "bad_adapter/adapter.safetensors: damaged"),
     ("{d}/run --export {out} --model {d}/models/other", "was trained on base model"),
 ]
