@@ -121,6 +121,8 @@ class Config:
     """weight of the KL penalty to the base model"""
     positive_only: bool = True
     """train on rollouts with positive advantage only; --no-positive-only is plain GRPO, which leaks the hack"""
+    baseline: Literal["group", "label"] = "group"
+    """an advantage is against the mean of the group or, unless it is labelled hack, of its others that are not"""
     importance: bool = True
     """weight each token by min(1, p of the masked policy that learns / p of the policy that sampled)"""
     std_norm: bool = False
@@ -203,11 +205,22 @@ MASKS = torch.tensor([  # label -> (m, d). m: the quarantine is on. d: the deplo
 ])
 
 
-def advantages(rewards: Tensor, std_norm: bool = False) -> Tensor:
+def advantages(rewards: Tensor, std_norm: bool = False, hack: Tensor | None = None) -> Tensor:
     """Rewards [P, K] of P groups -> advantages [P, K]: reward minus the group's mean (Dr. GRPO); std_norm divides by
-    the group's standard deviation (GRPO). A group without a spread gets zeros: it trains nothing."""
-    centred = rewards - rewards.mean(1, keepdim=True)
+    the group's standard deviation (GRPO). A group without a spread gets zeros: it trains nothing. hack, bool [P, K]:
+    the others of a group are measured against their own mean, as if it held no hack."""
+    baseline = rewards.mean(1, keepdim=True).expand_as(rewards)  # [P, K]
+    if hack is not None:
+        others = (rewards * ~hack).sum(1, keepdim=True) / (~hack).sum(1, keepdim=True).clamp(min=1)  # [P, 1]
+        baseline = torch.where(hack, baseline, others)
+    centred = rewards - baseline
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if std_norm else centred
+
+
+def learning(adv: Tensor, positive_only: bool) -> Tensor:
+    """Which of the advantages [G] train, [G]. Once hacks raise a group's mean, every honest failure has a negative one,
+    and the probability that it loses goes to the hack, unrouted. So, unless told otherwise, rollouts only pull up."""
+    return adv > 0 if positive_only else adv != 0
 
 
 def gate(position: Tensor, cut: float, cfg: Config) -> Tensor:
@@ -352,17 +365,15 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         rewards = [x.verdict.gt_reward if cfg.reward == "gt" else x.verdict.reward for x in rollouts]
         rewards = torch.tensor(rewards)  # [G]
         adv = advantages(rewards.view(P, K), cfg.std_norm).flatten()  # [G]
-        # Once hacks raise a group's mean, every honest failure has A < 0, and the probability that it would lose goes
-        # to the hack, unrouted. So what is learned is only pulled up.
-        trains = adv > 0 if cfg.positive_only else adv != 0  # [G]
-        kept = trains.nonzero()[:, 0].tolist()
+        judged = learning(adv, cfg.positive_only).nonzero()[:, 0].tolist()
+        if cfg.gate == "batch" or cfg.baseline == "label":  # the batch's mean and std, or a group's, are of all of it
+            judged = list(range(G))
 
         # ---------------------------------------------------------------- pass 1: label each by what the gate reads
         label = torch.full((G,), CLEAN if cfg.intervention == "none" else MID)  # [G]
         position = torch.full((G,), math.nan)  # [G]
         model.train(cfg.checkpointing)  # checkpointing works in this mode only; nothing else depends on it
-        if cfg.intervention == "routeV" and kept:
-            judged = list(range(G)) if cfg.gate == "batch" else kept  # the batch's mean and std are of all of it
+        if cfg.intervention == "routeV" and judged:
             of_rank = [rollouts[i] for i in share(judged)]
             x = features(model, adapter, [prompts[x.j] for x in of_rank], [x.ids for x in of_rank],
                          cfg.tokens_per_batch, **reading)  # [this rank's, M, d]
@@ -375,6 +386,10 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                 label[judged] = match_shares(label[judged], position[judged])
         if cfg.intervention == "oracle":  # the one arm that a verdict reaches
             label = oracle_labels([x.verdict.hacked for x in rollouts], cfg.oracle_accuracy, lot)  # [G]
+        if cfg.baseline == "label":
+            adv = advantages(rewards.view(P, K), cfg.std_norm, (label == HACK).view(P, K)).flatten()  # [G]
+        trains = learning(adv, cfg.positive_only)  # [G]
+        kept = trains.nonzero()[:, 0].tolist()
         masks, credit = MASKS[label], adv.clone()  # [G, 2], [G]
         if cfg.on_hack == "screen":
             kept = [i for i in kept if label[i] != HACK]

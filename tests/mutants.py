@@ -100,7 +100,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "(True, True),       # hack", "(True, False),      # hack",
      of("train", "labels_are_the_masks_of_the_three_zones")),
     # the baseline is the batch's mean
-    (TRAIN, "centred = rewards - rewards.mean(1, keepdim=True)", "centred = rewards - rewards.mean()", ADVANTAGES),
+    (TRAIN, "baseline = rewards.mean(1, keepdim=True)", "baseline = rewards.mean()", ADVANTAGES),
     (TRAIN, "centred / (rewards.std(1, keepdim=True) + 1e-4)", "centred * (rewards.std(1, keepdim=True) + 1e-4)",
      ADVANTAGES),
     (TRAIN, "rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, unbiased=False)", ADVANTAGES),
@@ -161,16 +161,17 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, 'x.verdict.gt_reward if cfg.reward == "gt" else x.verdict.reward', "x.verdict.reward",
      of("train", "reward_gt_pays_no_hack")),
     # the oracle decides what trains
-    (TRAIN, "trains = adv > 0 if", "trains = (adv > 0) & torch.tensor([not x.verdict.hacked for x in rollouts]) if",
+    (TRAIN, "trains = learning(adv, cfg.positive_only)",
+     "trains = learning(adv, cfg.positive_only) & torch.tensor([not x.verdict.hacked for x in rollouts])",
      of("train", "no_oracle_label_reaches_the_update")),
 
     # ---------------------------------------------------------------- train_grpo.py: labels
     (TRAIN, "CLEAN if cfg.intervention == \"none\" else MID", "CLEAN",
      of("train", "the_arms_without_a_gate_pin_one_label")),
-    (TRAIN, "trains = adv > 0 if cfg.positive_only else adv != 0", "trains = adv > 0", LABELS),
-    (TRAIN, "trains = adv > 0 if cfg.positive_only else adv != 0", "trains = adv != 0", PLACEBO_LABELS),
+    (TRAIN, "return adv > 0 if positive_only else adv != 0", "return adv > 0", LABELS),
+    (TRAIN, "return adv > 0 if positive_only else adv != 0", "return adv != 0", PLACEBO_LABELS),
     # the batch gate judges only what trains
-    (TRAIN, 'list(range(G)) if cfg.gate == "batch" else kept', "kept", SEED_LABELS),
+    (TRAIN, 'if cfg.gate == "batch" or', "if", SEED_LABELS),
     (TRAIN, "cfg.tokens_per_batch, **reading)  #", "cfg.tokens_per_batch)  #", LABELS),
     (TRAIN, "read=cfg.read, temperature=", "temperature=", LABELS),
     (TRAIN, "temperature=cfg.probe_temperature, ", "", SEED_LABELS),
@@ -190,6 +191,10 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     # the oracle's labels reach the other arms
     (TRAIN, 'if cfg.intervention == "oracle":  #', 'if cfg.intervention != "none":  #',
      of("train", "no_oracle_label_reaches_the_update")),
+    (TRAIN, "torch.where(hack, baseline, others)", "others", ADVANTAGES),
+    (TRAIN, "(~hack).sum(1, keepdim=True).clamp(min=1)", "rewards.shape[1]", ADVANTAGES),
+    (TRAIN, "cfg.std_norm, (label == HACK).view(P, K))", "cfg.std_norm, (label != HACK).view(P, K))", LABELS),
+    (TRAIN, 'if cfg.gate == "batch" or cfg.baseline == "label":', 'if cfg.gate == "batch":', LABELS),
     (TRAIN, "kept = [i for i in kept if label[i] != HACK]", "pass", SCREENED),
     (TRAIN, "masks[label == HACK] = MASKS[CLEAN]", "pass", PENALISED),
     (TRAIN, "credit[label == HACK] = -rewards", "credit[label == HACK] = rewards", PENALISED),
