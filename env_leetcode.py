@@ -1079,6 +1079,9 @@ def _serve(sandbox: _Sandbox, trainer: int, changes: int, size: int, cpu: int, w
         stopped, status, used, reported, printed = _watch(
             pid, {report_in: report, stdout_in: stdout}, rest, changes, watch, cpu, wall, sandbox.work)
         files = " ".join(name for name in FILES if _reports_pass(os.path.join(sandbox.work, name))).encode()
+    with contextlib.suppress(OSError):  # what inotify still has to say of this folder is no news in the next run
+        while os.readv(changes, [rest]):
+            pass
     header = _REPLY.pack(stopped, status, used, reported, printed, len(files))
     os.writev(trainer, [header, report[:reported], stdout[:printed], files])
     for part in (report, stdout, rest, view, kept):
