@@ -1110,14 +1110,12 @@ def _watch(pid: int, pipes: dict[int, memoryview], rest: memoryview, changes: in
     report, made = next(iter(pipes)), 0
     pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
     poll, stopped, start = select.poll(), 0, time.monotonic()
-    for fd in pipes:
-        os.set_blocking(fd, False)
     poll.register(0, 0)  # the trainer's end, which says only when it is closed
     for fd in [*pipes, *(fd for fd in (pidfd, changes) if fd >= 0)]:
+        os.set_blocking(fd, False)
         poll.register(fd, select.POLLIN)
 
-    def drain(fd: int) -> bool:
-        """Take what the pipe holds. False at its end."""
+    def drain(fd: int) -> bool:  # False at the pipe's end
         room = pipes[fd][filled[fd] :]
         try:
             count = os.readv(fd, [room or rest])
