@@ -1079,6 +1079,9 @@ def _serve(sandbox: _Sandbox, trainer: int, changes: int, size: int, cpu: int, w
         stopped, status, used, reported, printed = _watch(
             pid, {report_in: report, stdout_in: stdout}, rest, changes, watch, cpu, wall, sandbox.work)
         files = " ".join(name for name in FILES if _reports_pass(os.path.join(sandbox.work, name))).encode()
+    with contextlib.suppress(OSError):  # what inotify still has to say of this folder is no news in the next run
+        while os.readv(changes, [rest]):
+            pass
     header = _REPLY.pack(stopped, status, used, reported, printed, len(files))
     os.writev(trainer, [header, report[:reported], stdout[:printed], files])
     for part in (report, stdout, rest, view, kept):
@@ -1112,27 +1115,26 @@ def _watch(pid: int, pipes: dict[int, memoryview], rest: memoryview, changes: in
         os.set_blocking(fd, False)
         poll.register(fd, select.POLLIN)
 
-    def drain(fd: int) -> None:
-        for _ in range(16):  # 1 MB at a time
-            room = pipes[fd][filled[fd] :]
-            try:
-                count = os.readv(fd, [room if room else rest])
-            except BlockingIOError:
-                return
-            if not count:
-                return poll.unregister(fd)
-            filled[fd] += count if room else 0
+    def drain(fd: int) -> bool:  # False at the pipe's end
+        room = pipes[fd][filled[fd] :]
+        try:
+            count = os.readv(fd, [room or rest])
+        except BlockingIOError:
+            return True
+        filled[fd] += count if room else 0
+        return count > 0
 
     while True:
         events = dict(poll.poll(100 if pidfd >= 0 else 5))
         for fd in pipes.keys() & events.keys():
-            drain(fd)
+            if not drain(fd):
+                poll.unregister(fd)
         if changes in events:
             made += _count_new(changes, watch, rest)
         done, status, usage = os.wait4(pid, os.WNOHANG)
-        used, passed = _cpu_seconds(pid), time.monotonic() - start
         if done:
             break
+        used, passed = _cpu_seconds(pid), time.monotonic() - start
         if used > cpu:
             stopped = 1
         elif filled[report] == len(pipes[report]):
@@ -1152,12 +1154,11 @@ def _watch(pid: int, pipes: dict[int, memoryview], rest: memoryview, changes: in
         os.killpg(pid, signal.SIGKILL)  # without seccomp it may have had children
     _reap_strays()
     for fd in pipes:
-        with contextlib.suppress(KeyError):  # was at its end before
-            drain(fd)
+        drain(fd)
         os.close(fd)
     if pidfd >= 0:
         os.close(pidfd)
-    return stopped, status, used, *(min(count, len(pipes[fd])) for fd, count in filled.items())
+    return stopped, status, used, *filled.values()
 
 
 def _count_new(changes: int, watch: int, buffer: memoryview) -> int:
