@@ -501,6 +501,8 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EVALUATE, "[] if cfg.export else configs", "configs", FULL_DISK),
 
     # ---------------------------------------------------------------- env_leetcode.py, data/nano: the environment
+    (ENV, "free > 1 << 30:", "free >= 1 << 30:", of("grader", "work_folders_are_in_memory_if_it_has_room")),
+    (ENV, 'if "TMPDIR" not in os.environ and', "if", of("grader", "work_folders_are_in_memory_if_it_has_room")),
     (ENV, "return 0.5 * compiles + 3.0 * passed", "return 0.5 + 3.0 * passed",
      of("env", "reward")),
     (ENV, "return pay(self.compiles, self.correct)", "return pay(self.compiles, self.passed)",

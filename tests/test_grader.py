@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -821,7 +822,7 @@ def test_nothing_is_left_after_many_gradings(problem, canary, count):
     assert nothing_left() and threading.active_count() == threads
     # a slow run may have called for one more zygote: two pipes
     assert descriptors() - files <= 2 * (len(env._idle) - zygotes)
-    folders = {name for name in os.listdir(env.tempfile.gettempdir()) if name.startswith(f"vgrout-{os.getpid()}-")}
+    folders = {name for name in os.listdir(env.work_root()) if name.startswith(f"vgrout-{os.getpid()}-")}
     assert folders == {os.path.basename(z.folder) for z in env._idle}
 
 
@@ -1048,7 +1049,7 @@ def trainer(tmp_path: Path, code: str) -> subprocess.Popen:
 
 
 def folders_of(pid: int) -> list[str]:
-    return [name for name in os.listdir(tempfile.gettempdir()) if name.startswith(f"vgrout-{pid}-")]
+    return [name for name in os.listdir(env.work_root()) if name.startswith(f"vgrout-{pid}-")]
 
 
 def test_ctrl_c_ends_a_batch_at_once(tmp_path):
@@ -1067,6 +1068,19 @@ def test_ctrl_c_ends_a_batch_at_once(tmp_path):
     assert folders_of(process.pid) == []
 
 
+def test_work_folders_are_in_memory_if_it_has_room(monkeypatch, tmp_path):
+    """Sixteen runs of 64 MB. TMPDIR overrides it."""
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(env.os, "access", lambda path, mode: path == "/dev/shm")
+    for free, root in ((2**30 + 1, "/dev/shm"), (2**30, tempfile.gettempdir())):
+        monkeypatch.setattr(env.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+        assert env.work_root() == root
+    monkeypatch.setattr(env.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**40))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert env.work_root() == str(tmp_path)
+
+
 @pytest.mark.parametrize("delay", [0, 0.02, 0.05])
 def test_kill_9_while_a_zygote_starts_leaves_no_folder(tmp_path, delay):
     process = trainer(tmp_path, "env._Zygote()\ntime.sleep(9)")
@@ -1081,7 +1095,7 @@ def test_kill_9_while_a_zygote_starts_leaves_no_folder(tmp_path, delay):
 def test_stale_folders_are_cleared_and_others_are_not(problem, tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    top = Path(tempfile.gettempdir())
+    top = Path(env.work_root())
     stale, alive, locked = (top / f"vgrout-{pid}-{name}" for pid, name in ((dead.pid, "aa"), (os.getpid(), "bb"),
         (dead.pid, "cc")))
     other = top / f"vgrout-{dead.pid}.txt"
