@@ -390,6 +390,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
             adv = advantages(rewards.view(P, K), cfg.std_norm, (label == HACK).view(P, K)).flatten()  # [G]
         trains = learning(adv, cfg.positive_only)  # [G]
         kept = trains.nonzero()[:, 0].tolist()
+        # what a label does; the two controls are what a user would do instead of routing
         masks, credit = MASKS[label], adv.clone()  # [G, 2], [G]
         if cfg.on_hack == "screen":
             kept = [i for i in kept if label[i] != HACK]
