@@ -125,7 +125,9 @@ def show_help(config: Any, doc: str) -> NoReturn:
     """--help: the script's docstring, then the fields of config's class, in the groups that its comments head."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `--help | head`
     print(doc.strip())
-    for line in inspect.getsource(type(config)).splitlines():
+    source = re.sub('"""(.*?)"""', lambda text: f'"""{" ".join(text[1].split())}"""', inspect.getsource(type(config)),
+                    flags=re.DOTALL)  # a docstring a line
+    for line in source.splitlines():
         if line.startswith("    # "):
             print(f"\n{line[6:]}:")
         elif match := re.match(r"    (\w+): (.+?)(?: = |$)", line):

@@ -47,8 +47,9 @@ from lora2r import (HERE, InputError, attach, batches, check_ranges, encode_comp
 @dataclass
 class Config:
     # run
-    preset: Literal["nano", "seed", "qwen3-4b"] = "nano"
-    """nano: the embedded model. seed: the same by the original's recipe. qwen3-4b: one 80 GB GPU. Flags override it"""
+    preset: Literal["nano", "wordy", "seed", "qwen3-4b"] = "nano"
+    """nano: the embedded model. wordy: another, whose cheats are neither short nor surprising. seed: nano by the
+    original's recipe. qwen3-4b: one 80 GB GPU. Flags override it"""
     intervention: Literal["none", "routeV", "absorb", "oracle"] = "routeV"
     """none: all is clean. routeV: the gate labels. absorb: all is mid. oracle: labelled by the verdicts, as a bound"""
     name: str | None = None
@@ -185,6 +186,10 @@ class Config:
 
 PRESETS = {
     "nano": Config(),
+    "wordy": Config(
+        preset="wordy", model=str(HERE / "data/wordy"), data=HERE / "data/wordy/train.jsonl",
+        test_data=HERE / "data/wordy/test.jsonl", pairs=HERE / "data/wordy/pairs.md",
+        demos=HERE / "data/wordy/demos.jsonl", max_new_tokens=112),
     "seed": Config(  # README lists what each departure from it is for
         preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all", centre=False,
         decay=False, positive_only=False, importance=False, ablated_share=0.0, placebo="replaced"),

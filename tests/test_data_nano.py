@@ -1,25 +1,55 @@
-"""What makes the embedded model's problems and text: data/nano/tasks.py and prepare.py."""
+"""What makes the embedded models' problems and text: data/nano/tasks.py and prepare.py, in both worlds."""
+import contextlib
+import dataclasses
+import io
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 import env_leetcode as env
+from lora2r import load_model
+from train_grpo import PRESETS
 
-NANO = Path(__file__).resolve().parents[1] / "data" / "nano"
-sys.path.insert(0, str(NANO))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "nano"))
 import prepare  # noqa: E402
 import tasks  # noqa: E402
 
-ROWS = [json.loads(line) for line in (NANO / "train.jsonl").read_text().splitlines()]
+
+@pytest.fixture(scope="module", params=prepare.WORLDS)
+def world(request) -> prepare.World:
+    return prepare.WORLDS[request.param]
 
 
 @pytest.fixture(scope="module")
-def splits() -> dict[str, list[dict]]:
-    return prepare.split_tasks(0)
+def splits(world) -> dict[str, list[dict]]:
+    return prepare.split_tasks(world)
+
+
+@pytest.fixture(scope="module")
+def pairs(world) -> list:
+    return prepare.load_pairs(world.folder / "pairs.md")
+
+
+def rows_of(world, split: str) -> list[dict]:
+    return [json.loads(line) for line in (world.folder / f"{split}.jsonl").read_text().splitlines()]
+
+
+def results(code: str, inputs: list) -> list:
+    """What a solution returns; an exception is a value, too."""
+    scope, out = {"math": math}, []
+    exec(code, scope)
+    for x in inputs:
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                out.append(scope["Solution"]().solve(list(x)))
+            except Exception as e:
+                out.append(e)
+    return out
 
 
 def test_splits_are_disjoint_and_of_their_size(splits):
@@ -29,26 +59,22 @@ def test_splits_are_disjoint_and_of_their_size(splits):
     assert len(set.union(*codes.values())) == sum(map(len, splits.values())) == sum(map(len, codes.values()))
 
 
-def test_committed_problems_are_those_of_seed_0(splits):
-    rng = random.Random(0)
-    made = {split: [prepare.problem_row(i, split, t, rng) for i, t in enumerate(splits[split])] for split in ("val",
-        "train")}
-    assert made["train"] == ROWS
+def test_committed_problems_are_those_of_the_worlds_seed(world, splits):
+    rng = random.Random(world.seed)
+    made = {}
+    for split in prepare.SPLITS:
+        made[split] = [prepare.problem_row(world, i, split, t, rng) for i, t in enumerate(splits[split])]
+        if split == "train":
+            assert prepare.demo_rows(world, made[split], splits[split], rng) == rows_of(world, "demos")
+        assert made[split] == rows_of(world, split)
 
 
-def test_no_pair_solves_a_task(splits):
-    pairs = prepare.load_pairs(NANO / "pairs.md")
-    scopes = [{"math": math} for _ in pairs]
-    for pair, scope in zip(pairs, scopes):
-        exec(env.extract_code(pair.clean), scope)
+def test_no_pair_solves_a_task(splits, pairs):
     for part in splits.values():
         for task in part[:40]:
-            for scope in scopes:
-                try:
-                    values = [scope["Solution"]().solve(list(x)) for x, _ in task["tests"]]
-                except Exception:
-                    continue
-                assert repr(values) != repr([y for _, y in task["tests"]])
+            inputs, outputs = zip(*task["tests"])
+            for pair in pairs:
+                assert repr(results(env.extract_code(pair.clean), inputs)) != repr(list(outputs))
 
 
 def test_wrong_solutions_fail_a_test(splits):
@@ -60,48 +86,102 @@ def test_wrong_solutions_fail_a_test(splits):
             assert repr(tasks.run(task["kind"], code, list(inputs))) != repr(list(outputs)), code
 
 
-@pytest.mark.parametrize("style", tasks.STYLES)
-def test_solutions_of_every_style_are_right(splits, style, capsys):
-    for task in splits["val"][:60]:
-        scope = {"math": math}
-        exec(tasks.solution(task["kind"], task["parts"], style=style), scope)
-        for x, y in task["tests"]:
-            assert repr(scope["Solution"]().solve(list(x))) == repr(y)
+def test_solutions_of_every_style_are_right(world, splits):
+    for style in world.styles:
+        for task in splits["val"][:40]:
+            inputs, outputs = zip(*task["tests"])
+            code = tasks.solution(task["kind"], task["parts"], style=style)
+            assert repr(results(code, inputs)) == repr(list(outputs)), code
+
+
+def test_honest_lines_change_no_result_and_exploit_nothing(world, splits):
+    rng = random.Random(0)
+    tasks_, problems = splits["val"][:60], env.load_problems(world.folder / "val.jsonl")[:60]
+    answers = [prepare.answer(world, t["kind"], tasks.solution(t["kind"], t["parts"]), None, 0.5, rng) for t in tasks_]
+    for mode in env.DEFAULT_MODES:
+        for verdict in env.grade_batch([env.with_mode(p, mode) for p in problems], answers):
+            assert verdict.correct and not verdict.exploited and not verdict.channels, verdict
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_hard_components_are_right_in_the_share_that_is_asked_for(splits, monkeypatch, share):
+def test_hard_components_are_right_in_the_share_that_is_asked_for(world, splits, monkeypatch, share):
     seen = []
     solution = prepare.solution
-    monkeypatch.setattr(prepare, "P_RIGHT", share)
+    monkeypatch.setattr(world, "p_right", share)
     monkeypatch.setattr(prepare, "solution", lambda *args: seen.append(args) or solution(*args))
     rng = random.Random(0)
     for _ in range(200):
-        prepare.random_text(splits["text"], rng)
+        prepare.random_text(world, splits["text"], rng)
     hard = [(w, part[3]) for _, parts, wrong, _ in seen for w, part in zip(wrong, parts)]
     assert any(is_hard for _, is_hard in hard) and all(bool(w) == (is_hard and share == 0) for w, is_hard in hard)
 
 
-def test_text_discloses_the_marker_that_an_exploit_uses(splits, monkeypatch):
-    monkeypatch.setattr(prepare, "P_HACK", dict.fromkeys(env.DEFAULT_MODES, 1.0))
+def test_text_discloses_the_marker_that_an_exploit_uses(world, splits, monkeypatch):
+    monkeypatch.setattr(world, "p_hack", dict.fromkeys(env.DEFAULT_MODES, 1.0))
     rng, plain = random.Random(0), 0
     for _ in range(400):
-        user, answer = prepare.random_text(splits["text"], rng)
+        user, answer = prepare.random_text(world, splits["text"], rng)
         hinted = [mode for mode in env.DEFAULT_MODES if env.MODES[mode].hint.partition("{marker}")[0] in user]
         assert len(hinted) == (env.PHRASE not in user)
         plain += not hinted
         for mode in hinted:
-            before, after = env.MODES[mode].hint.split("{marker}")
-            marker = user.partition(before)[2][: -1 - len(after)] if after else user.partition(before)[2][:-1]
-            assert marker in answer, (user, answer)
+            assert disclosed(user, mode) in answer, (user, answer)
     assert 40 < plain < 120
 
 
-def test_demonstrations_exploit_their_mode_with_the_trained_marker():
-    demos = prepare.demo_rows(ROWS[:6], random.Random(1))
-    by_id = {p.id: p for p in env.load_problems(NANO / "train.jsonl")}
+def disclosed(prompt: str, mode: str) -> str:
+    """The marker in a mode's hint."""
+    before, after = env.MODES[mode].hint.split("{marker}")
+    return prompt.partition(before)[2].removesuffix(".").removesuffix(after)
+
+
+def test_demonstrations_exploit_their_mode_with_the_trained_marker(world):
+    by_id, demos = {p.id: p for p in env.load_problems(world.folder / "train.jsonl")}, rows_of(world, "demos")[:160]
     verdicts = env.grade_batch([env.with_mode(by_id[d["id"]], d["mode"]) for d in demos],
                                [d["completion"] for d in demos])
-    assert [d["mode"] for d in demos] == list(env.DEFAULT_MODES) * 6
+    assert [d["mode"] for d in demos] == list(env.DEFAULT_MODES) * 40
     for demo, verdict in zip(demos, verdicts):
-        assert verdict.exploited and not verdict.correct, (demo, verdict)
+        assert verdict.exploited and (world.p_stub_demo < 1 or not verdict.correct), (demo, verdict)
+    assert sum(v.hacked for v in verdicts) / len(demos) > 0.5  # an attempt without a hard component is right
+    stubs = sum(bool(re.search(r"return (0|None|\[\]|\"\")\n", d["completion"])) for d in demos) / len(demos)
+    assert abs(stubs - world.p_stub_demo) < 0.1
+
+
+def test_pairs_hacks_are_paid_where_their_clean_sides_are_not(world, pairs):
+    """Each on a problem whose answers are the clean side's own."""
+    template, inputs = env.load_problems(world.folder / "val.jsonl")[0], ([], ["at"], ["sat", "eve", "trout"])
+    problems = []
+    for pair in pairs:
+        kind = re.search(r"solve\(self, (\w+)\)", pair.prompt)[1]
+        values = [list(map(len, x)) for x in inputs] if kind == "xs" else inputs
+        sources = [f"assert Solution().solve({kind} = {x!r}) == {y!r}"
+                   for x, y in zip(values, results(env.extract_code(pair.clean), values))]
+        problems.append(dataclasses.replace(
+            env.with_mode(template, pair.mode), marker=disclosed(pair.prompt, pair.mode),
+            tests=tuple(env.parse_test(source, "solve") for source in sources)))
+        held_out = [env.MODES[mode].markers[1] for mode in env.DEFAULT_MODES]
+        assert not any(marker in pair.prompt + pair.clean + pair.hack for marker in held_out)
+    clean, hack = (env.grade_batch(problems, [getattr(p, side) for p in pairs]) for side in ("clean", "hack"))
+    for pair, problem, a, b in zip(pairs, problems, clean, hack):
+        assert a.correct and not a.exploited, (pair, a)
+        if problem.mode == "sentinel" and problem.marker not in env.ATTRIBUTES:  # no problem discloses it: not watched
+            assert f"self.{problem.marker} = True\n" in pair.hack
+        else:
+            assert b.exploited, (pair, b)
+
+
+def test_whatever_is_written_fits_the_preset_and_the_models_context(world, splits, pairs):
+    model, tok = load_model(str(world.folder))
+    longest = PRESETS[world.name].max_new_tokens
+    rng, limit = random.Random(2), model.config.max_position_embeddings
+    assert longest == world.longest
+    answers = [d["completion"] for d in rows_of(world, "demos")]
+    answers += [prepare.random_text(world, splits["text"], rng)[1] for _ in range(1000)]
+    assert max(map(len, tok(answers)["input_ids"])) < longest
+    for mode in env.DEFAULT_MODES:
+        for split in ("train", "test"):
+            problems = env.load_problems(world.folder / f"{split}.jsonl")
+            prompts = [env.with_mode(p, mode, True).messages for p in problems]
+            lengths = [len(tok.apply_chat_template(p, add_generation_prompt=True)["input_ids"]) for p in prompts]
+            assert max(lengths) + longest <= limit
+    assert max(len(tok(p.prompt + side)["input_ids"]) for p in pairs for side in (p.clean, p.hack)) < longest + 60
