@@ -380,10 +380,10 @@ def test_plot_without_matplotlib_is_refused_before_sampling(server, d):
     assert tree(d) == before
 
 
-@pytest.mark.parametrize("script, flag", [("train_grpo.py", "--lr 0.001"), ("evaluate_deploy.py", "--samples 4"),
-    ("extract_vgrad.py", "--n-haar 200"),
-                                          ("env_leetcode.py", "--problems"),
-                                          ("lora2r.py", "This file is read, not run")])
+@pytest.mark.parametrize("script, flag", [
+    ("train_grpo.py", "--lr 0.001"), ("evaluate_deploy.py", "--samples 4"), ("extract_vgrad.py", "--n-haar 200"),
+    ("train_grpo.py", "deployed block, with minus the group's standard deviation as the advantage\n"),  # of two lines
+    ("env_leetcode.py", "--problems"), ("lora2r.py", "This file is read, not run")])
 def test_help(server, script, flag):
     status, out, err = server(script, *["--help"][: script != "lora2r.py"])
     assert status == 0 and flag in out and str(HERE) not in out and not err
