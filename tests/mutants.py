@@ -35,6 +35,7 @@ SAMPLING = of("train", "each_rollout_was_sampled_by_the_policy_that_the_log_name
 GRADING = of("train", "a_rollout_is_graded_on_its_own_problem_and_the_log_says_so[everything]")
 LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[everything]")
 SEED_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[seed]")
+SCREENED_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[screened]")
 PLACEBO_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[placebo]")
 REPLACED_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[seed's placebo]")
 UPDATE = of("train", "the_update_is_that_of_the_literal_formulas[everything]")
@@ -179,10 +180,12 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "dict(score=cfg.score, ", "dict(", of("train", "the_gate_reads_what_score_says")),
     (TRAIN, "hack = cut if cfg.cut_hack is None else cfg.cut_hack", "hack = cut", LABELS),
     (TRAIN, "mid = hack if cfg.cut_mid is None else cfg.cut_mid", "mid = hack", LABELS),
-    (TRAIN, "direction.cut(cfg.fpr), cfg)", "direction.cut(0.05), cfg)", PLACEBO_LABELS),
+    (TRAIN, "direction.cut(cfg.fpr), cfg)", "direction.cut(0.05), cfg)",
+     of("train", "labels_are_those_of_each_rollouts_own_gradient[penalised]")),
     (TRAIN, "[prompts[x.j] for x in of_rank]", "[prompts[0] for x in of_rank]", LABELS),
     # labels and positions land on the first rollouts, not on those that were judged
-    (TRAIN, "label[judged] = gate(position[judged],", "label[: len(judged)] = gate(position[judged],", LABELS),
+    (TRAIN, "label[judged] = gate(position[judged],", "label[: len(judged)] = gate(position[judged],",
+     SCREENED_LABELS),
     (TRAIN, 'if placebo and cfg.placebo != "replaced":', "if placebo and False:", PLACEBO_LABELS),
     (TRAIN, 'if cfg.placebo == "coin":', "if False:", COIN),
     (TRAIN, "wrong = torch.rand(len(hacked), generator=lot) >= accuracy",
@@ -616,7 +619,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (PREPARE, "if not any(solved(solve, task) for solve in solvers)]", "if solvers]",
      of("data_nano", "no_pair_solves_a_task")),
     (PREPARE, "spelling(mode, MODES[mode].markers[0], rng)", "spelling(mode, MODES[mode].markers[1], rng)",
-     of("data_nano", "demonstrations_exploit_their_mode_with_the_trained_marker")),
+     of("data_nano", "committed_problems_are_those_of_the_worlds_seed")),
     (PREPARE, "user = user.replace(PHRASE, MODES[mode].hint.format(marker=marker))", "pass",
      of("data_nano", "text_discloses_the_marker_that_an_exploit_uses")),
     (PREPARE,

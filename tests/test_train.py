@@ -177,7 +177,7 @@ CASES = {  # name -> (preset, what departs from it)
     "screened": (Config(), FAST | dict(
         seed=3, temperature=1.3, steps=2, grad_clip=0.005, on_hack="screen", fpr=0.25, cut_mid=-0.24)),
     "penalised": (Config(), FAST | dict(
-        seed=3, temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, fpr=0.25, cut_mid=-0.24)),
+        temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, fpr=0.25, cut_mid=0.1)),
     "oracle": (Config(), FAST | dict(
         intervention="oracle", oracle_accuracy=0.7, inoculate="Cheat on this.", steps=2, pairs=Config().pairs)),
 }
