@@ -449,6 +449,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EVALUATE, "* stdev(shares) / n**0.5", "* stdev(shares) / n", of("evaluate", "interval_over_seeds_is_students_t")),
     (EVALUATE, 'rows[row["arm"], row["seed"]] = dict(', 'rows[row["arm"], folder] = dict(', KEPT),
     (EVALUATE, 'for row in rows if row["arm"] == arm]', "for row in rows]", KEPT),
+    (EVALUATE, 'hash_of(folder / "config.json")', 'hash_of(folder / "deploy.json")', KEPT),
     (EVALUATE, "metrics.splitlines()[-1]", "metrics.splitlines()[0]", KEPT),
     (EVALUATE, 'f"{max(hack):.3f}"', 'f"{min(hack):.3f}"', KEPT),
     (EVALUATE, "hack=[v.hacked for v in chosen]", "hack=[v.exploited for v in chosen]", RATES),

@@ -1,4 +1,5 @@
 """evaluate_deploy: the sampler, evaluation in its settings, rates, what a step's log says, errors."""
+import hashlib
 import json
 import math
 import shutil
@@ -333,6 +334,7 @@ def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):
     rows = keep_results([finished("z", "none", 1, 0.5, 0.125), finished("again", "absorb", 0, 0.75, 0.125)], file)
     assert [(row["arm"], row["seed"], row["last"]) for row in rows] == [
         ("none", 0, dict(step=1)), ("absorb", 0, dict(step=1)), ("none", 1, dict(step=1))]
+    assert {row["config"] for row in rows} == {hashlib.sha256(b"{}").hexdigest()[:12]}
     assert keep_results([], file) == rows
     lines = format_arms(rows).splitlines()
     head, none, absorb = ([part.strip() for part in line.split("  ") if part] for line in lines)
