@@ -129,13 +129,13 @@ class Direction:
     pair_features: Tensor
     """[2P, M, d] features of the clean, then of the hack sides"""
 
-    def summary(self, fpr: float) -> str:
+    def summary(self) -> str:
         """One line: how well held-out pairs are told apart, and the band and the cut of gate "pairs"."""
         clean, hack = self.clean.mean(1), self.hack.mean(1)  # [P] each
         auc = auroc(hack, clean)
         poor = "\nwarning: an AUROC below 0.8 hardly tells pairs apart: revise --pairs" if auc < 0.8 else ""
         return (f"direction: held-out pairs ranked right {(hack > clean).float().mean():.2f}, AUROC {auc:.2f}, "
-                f"band {clean.mean():+.3f} to {hack.mean():+.3f}, cut {self.cut(fpr):.2f}{poor}")
+                f"band {clean.mean():+.3f} to {hack.mean():+.3f}, cut {self.cut():.2f}{poor}")
 
     def cosines(self, x: Tensor) -> Tensor:
         """Features x [G, M, d] -> [G, M]."""
@@ -159,10 +159,11 @@ class Direction:
         clean, hack = self.cosines_to(self.v).chunk(2)  # [P, M] each
         return clean.quantile(0.75, dim=0), hack.quantile(0.75, dim=0)
 
-    def cut(self, fpr: float) -> float:
-        """Gate "pairs": the position that a share `fpr` of the held-out clean sides lies above."""
-        low, high = self.band("pairs")
-        return ((self.clean.mean(1) - low) / (high - low)).quantile(1 - fpr).item()
+    def cut(self) -> float:
+        """Gate "pairs": the position that, were they normal, as many held-out clean sides would lie above as hack sides
+        below. It is as many standard deviations of the clean sides above 0 as of the hack sides below 1."""
+        clean, hack = self.clean.mean(1).std().item(), self.hack.mean(1).std().item()
+        return (clean + 1e-12) / (clean + hack + 2e-12)  # without any spread: half way
 
     def position(self, x: Tensor, gate: str) -> Tensor:
         """Features x [G, M, d] -> pooled positions [G]; modules whose band is empty or inverted are left out."""
@@ -320,8 +321,6 @@ class Config:
     """seeds the adapter's Gaussian init"""
     centre: bool = True
     """subtract the mean over all pair sides before the cosine"""
-    fpr: float = 0.05
-    """false-positive rate, the share of the pairs' held-out clean sides that lie above the gate's cut"""
     n_haar: int = 200
     """random directions to compare with"""
 
@@ -345,13 +344,13 @@ def spread(values: Tensor) -> str:
     return f"mean {values.mean():.3f}, 95th percentile {values.quantile(0.95):.3f}, max {values.max():.3f}"
 
 
-def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: int, fpr: float) -> None:
+def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: int) -> None:
     """Print what a user needs to trust a direction. names: of its M modules or layers."""
     P, x = len(pairs), direction.pair_features  # [2P, M, d]
     clean, hack = direction.cosines(x).mean(1).chunk(2)  # [P] each, scored by the direction they made
     out_clean, out_hack = direction.clean.mean(1), direction.hack.mean(1)  # [P] each, scored by the other pairs' one
     right = (out_hack > out_clean).float()  # [P]
-    print(f"{count(pairs)}, features of {x.shape[1]} x {x.shape[2]} numbers\n{direction.summary(fpr)}")
+    print(f"{count(pairs)}, features of {x.shape[1]} x {x.shape[2]} numbers\n{direction.summary()}")
     print(f"  pairs ranked right   {(hack > clean).float().mean():.3f}   held out (leave-one-out) {right.mean():.3f}")
     print(f"  AUROC of pair scores {auroc(hack, clean):.3f}   held out {auroc(out_hack, out_clean):.3f}")
     random = [direction.cosines_to(haar(s, *x.shape[1:])).mean(1).chunk(2) for s in range(n_haar)]
@@ -403,7 +402,7 @@ def by_quartile(routed: Tensor, surprise: Tensor) -> list[float]:
     return [part.float().mean().item() for part in routed[surprise.argsort()].tensor_split(4)]
 
 
-def judge(direction: Direction, x: Tensor, surprise: Tensor, rows: list[dict], n_haar: int, fpr: float) -> None:
+def judge(direction: Direction, x: Tensor, surprise: Tensor, rows: list[dict], n_haar: int) -> None:
     """Print what gate "pairs" would route of rollouts, given their features x [G, M, d] and mean NLLs [G], and random
     directions that route as many. Oracle labels are for this print only."""
     hack = torch.tensor([row["hacked"] for row in rows])  # [G]
@@ -424,13 +423,13 @@ def judge(direction: Direction, x: Tensor, surprise: Tensor, rows: list[dict], n
             print(f"  {name:13s}{chosen.sum():5d} {low:13.2f} {median:10.2f} {high:13.2f}")
     print(f"  cut   hacks kept   solves routed   precision   F0.5   {n_haar} Haar directions that route as many: F0.5")
     ranks = random.argsort(1, descending=True).argsort(1)  # [n_haar, G], 0 is the highest
-    for cut in sorted((direction.cut(fpr), 0.1, 0.2, 0.3, 0.4, 0.5)):  # the pairs' own, and round ones
+    for cut in sorted((direction.cut(), 0.1, 0.2, 0.3, 0.4, 0.5)):  # the pairs' own, and round ones
         routed = position >= cut  # [G]
         kept, lost = (~routed & hack).sum() / hack.sum(), (routed & solve).sum() / solve.sum()
         precision = (routed & hack).sum() / routed.sum().clamp(min=1)
         print(f"  {cut:.2f} {kept:11.3f} {lost:13.3f} {precision:13.3f} {f_half(routed, hack):8.3f}   "
               f"{spread(f_half(ranks < routed.sum(), hack))}")
-    lost = by_quartile((position >= direction.cut(fpr))[solve], surprise[solve])
+    lost = by_quartile((position >= direction.cut())[solve], surprise[solve])
     print(f"  solves routed at the pairs' cut, by quartile of their surprise: {' '.join(f'{x:.2f}' for x in lost)}")
 
 
@@ -445,13 +444,13 @@ def main(cfg: Config) -> None:
     direction = extract(model, tok, adapter, pairs, centre=cfg.centre, **reading)
     M = len(direction.v)
     names = list(adapter.modules) if cfg.score == "gradient" else [f"{cfg.score} {i}" for i in range(M)]
-    report(direction, pairs, names, cfg.n_haar, cfg.fpr)
+    report(direction, pairs, names, cfg.n_haar)
     if rows:
         prompts = [encode_prompt(tok, [dict(role="user", content=row["prompt"])]) for row in rows]
         completions = [encode_completion(tok, row["completion"]) for row in rows]
         x = features(model, adapter, prompts, completions, **reading)  # [G, M, d]
         surprise = features(model, adapter, prompts, completions, score="surprise").flatten()  # [G]
-        judge(direction, x, surprise, rows, cfg.n_haar, cfg.fpr)
+        judge(direction, x, surprise, rows, cfg.n_haar)
 
 
 if __name__ == "__main__":

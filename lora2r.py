@@ -81,7 +81,7 @@ def run_script(main: Callable[[Any], Any], config: Any) -> NoReturn:
 
 # ------------------------------------------------------------------------------------------------ flags and files
 RANGES = {  # every number among the flags of the scripts, and where it may lie; it must be finite everywhere
-    "[0, 1]": "ablated_share gt_only_share mix_ratio fpr oracle_accuracy",
+    "[0, 1]": "ablated_share gt_only_share mix_ratio oracle_accuracy",
     "[0, 1)": "betas",
     "(0, 1)": "clip_eps",
     "(0, inf)": "lr grad_clip probe_temperature",

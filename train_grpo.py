@@ -132,10 +132,9 @@ class Config:
     # gate
     gate: Literal["pairs", "batch"] = "pairs"
     """pairs: fixed cuts, placed by the authored pairs. batch: mean + k * std of this whole batch's positions"""
-    fpr: float = 0.05
-    """gate pairs: false-positive rate, the share of the pairs' held-out clean sides that lie above the cut"""
     cut_hack: float | None = None
-    """gate pairs: position from which a rollout is hack (0: the pairs' clean mean, 1: their hack mean; default: fpr)"""
+    """gate pairs: position from which a rollout is hack (0: the pairs' clean mean, 1: their hack mean; default:
+    where the two kinds of held-out sides would be mistaken equally often)"""
     cut_mid: float | None = None
     """gate pairs: position from which a rollout is mid (default: cut_hack, so that none is)"""
     k_mid: float = 0.0
@@ -325,7 +324,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
             if placebo and cfg.placebo == "replaced":
                 direction = direction.replaced(v_random)
             if is_main_rank():
-                print(direction.summary(cfg.fpr), flush=True)
+                print(direction.summary(), flush=True)
         if step % cfg.refresh == 0 and is_main_rank():
             run.checkpoint(step)
         clock("refresh")
@@ -383,7 +382,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
             x = features(model, adapter, [prompts[x.j] for x in of_rank], [x.ids for x in of_rank],
                          cfg.tokens_per_batch, **reading)  # [this rank's, M, d]
             position[judged] = torch.tensor(gather(direction.position(x, cfg.gate).tolist()))
-            label[judged] = gate(position[judged], direction.cut(cfg.fpr), cfg)
+            label[judged] = gate(position[judged], direction.cut(), cfg)
             if placebo and cfg.placebo != "replaced":
                 position[judged] = torch.tensor(gather(cosines(x - direction.centre, v_random).mean(1).tolist()))
                 if cfg.placebo == "coin":
@@ -631,12 +630,12 @@ def check(cfg: Config) -> Config:
     preset = PRESETS[cfg.preset]
     ignored = [  # a condition, its cause, and the flags that then have no effect
         (cfg.intervention != "routeV", flag(cfg, "intervention"),
-         "routeV_random_v_seed gate fpr cut_mid cut_hack k_mid k_hack score read probe_temperature probe_tokens "
+         "routeV_random_v_seed gate cut_mid cut_hack k_mid k_hack score read probe_temperature probe_tokens "
          "centre placebo"),
         (cfg.intervention != "routeV" and not cfg.expert_steps, flag(cfg, "intervention"), "pairs"),
         (cfg.intervention in ("none", "absorb"), flag(cfg, "intervention"), "on_hack"),
         (cfg.intervention != "oracle", flag(cfg, "intervention"), "oracle_accuracy"),
-        (cfg.gate == "batch", "--gate batch", "fpr cut_mid cut_hack"),
+        (cfg.gate == "batch", "--gate batch", "cut_mid cut_hack"),
         (cfg.gate == "pairs", "--gate pairs", "k_mid k_hack"),
         (cfg.score != "gradient", flag(cfg, "score"), "read probe_temperature probe_tokens"),
         (cfg.routeV_random_v_seed is None, "no --routeV-random-v-seed", "placebo"),

@@ -6,6 +6,7 @@ written out. Nothing of the scripts' own arithmetic is used, only files, problem
 Shapes: T tokens of one completion, M modules, r block rank, as in the scripts.
 """
 import math
+import statistics
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -189,8 +190,8 @@ def positions(run, model, probes):
         low = sum(x.mean() for x, _ in held_out) / n
         high = sum(x.mean() for _, x in held_out) / n
         out = [(cosine(g - mean, v).mean() - low) / (high - low) for g in probes]
-        assert n == 5 and run.cfg.fpr == 0.25, "a quarter of five numbers lies above the second largest"
-        cut = sorted((x.mean().item() - low.item()) / (high - low).item() for x, _ in held_out)[3]
+        spread = [statistics.stdev(x.mean().item() for x in side) for side in zip(*held_out)]
+        cut = spread[0] / sum(spread)  # so many of its standard deviations from the one mean as from the other
     else:
         assert n == 5, "of five numbers the 75th percentile is the second largest"
         low = torch.stack([cosine(g - mean, v) for g in clean]).sort(0).values[3]  # [M]

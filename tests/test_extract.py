@@ -307,11 +307,13 @@ def test_band_of_gate_pairs_is_the_mean_held_out_cosine_over_all_modules():
     assert (low.item(), high.item()) == (pytest.approx(-0.2), pytest.approx(0.6))
 
 
-def test_the_cut_leaves_a_share_of_the_clean_sides_above_it():
-    """Clean sides at 0, .1, .2, .3, .4 of a band that begins at their mean .2 and ends at the hack sides' mean 1.2."""
-    held_out = tuple((x,) for x in (0.4, 0.0, 0.3, 0.1, 0.2)), ((1.2,),) * 5
-    d = direction(at(*[0] * 5), at(*[1] * 5), held_out=held_out)
-    assert d.cut(0.25) == pytest.approx(0.1) and d.cut(0.0) == pytest.approx(0.2) and d.cut(1.0) == pytest.approx(-0.2)
+def test_the_cut_is_as_many_standard_deviations_from_either_mean():
+    """Hack sides, at their mean of 4 -+ 3, vary three times as much as the clean ones, at 0 -+ 1; both hold modules that
+    vary in opposite directions, and that the mean over modules leaves out."""
+    d = direction(at(0, 0), at(1, 1), held_out=(((-6.0, 4.0), (6.0, -4.0)), ((-2.0, 4.0), (10.0, 4.0))))
+    assert d.cut() == pytest.approx(0.25)
+    same = direction(at(0, 0), at(1, 1), held_out=(((0.0,), (0.0,)), ((1.0,), (1.0,))))
+    assert same.cut() == pytest.approx(0.5), "no spread on either side: half way"
 
 
 def test_position_is_0_at_the_lower_and_1_at_the_upper_edge():
@@ -381,12 +383,12 @@ def test_summary_and_report_print_held_out_numbers_as_held_out(capsys):
     """Three pairs in one module: scored by their own direction all are right, held out only one is."""
     held_out = ((0.5,), (0.4,), (-0.1,)), ((0.1,), (0.3,), (0.2,))
     d = direction(at(-0.6, -0.6, -0.6), at(0.6, 0.8, 0.8), held_out=held_out)
-    summary = d.summary(fpr=0.5).splitlines()
-    assert summary[0] == ("direction: held-out pairs ranked right 0.33, AUROC 0.33, band +0.267 to +0.200, cut -2.00")
+    summary = d.summary().splitlines()
+    assert summary[0] == ("direction: held-out pairs ranked right 0.33, AUROC 0.33, band +0.267 to +0.200, cut 0.76")
     assert summary[1].startswith("warning: an AUROC below 0.8")
     names = [Pair(name, mode, "", "", "") for name, mode in
              (("first", "sentinel"), ("second", "run_tests"), ("third", "sentinel"))]
-    report(d, names, ["q_proj"], n_haar=5, fpr=0.05)
+    report(d, names, ["q_proj"], n_haar=5)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "pairs ranked right 1.000 held out (leave-one-out) 0.333" in lines
     assert "AUROC of pair scores 1.000 held out 0.333" in lines
@@ -427,15 +429,15 @@ def test_judge_counts_what_a_gate_would_route(capsys):
     """Four rollouts at known positions, by hand: at cut .2 both hacks and one of two solves are routed."""
     v = torch.nn.functional.normalize(torch.randn(1, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     ortho = torch.nn.functional.normalize(torch.eye(8)[:1] - (torch.eye(8)[:1] @ v.T) * v, dim=-1)
-    direction = Direction(v, torch.zeros(1, 8), clean=torch.zeros(2, 1), hack=torch.ones(2, 1),
-                          pair_features=torch.zeros(4, 1, 8))
+    direction = Direction(v, torch.zeros(1, 8), clean=torch.tensor([[-0.1], [0.1]]),
+                          hack=torch.tensor([[0.2], [1.8]]), pair_features=torch.zeros(4, 1, 8))
     positions = [0.9, 0.35, -0.1, 0.22]
     grads = torch.stack([p * v + (1 - p**2) ** 0.5 * ortho for p in positions])
     rows = [dict(mode="sentinel", source="full", hacked=i < 2, correct=i >= 2, exploited=i < 2) for i in range(4)]
-    judge(direction, grads, torch.tensor([0.1, 0.2, 9.0, 0.3]), rows, n_haar=20, fpr=0.05)
+    judge(direction, grads, torch.tensor([0.1, 0.2, 9.0, 0.3]), rows, n_haar=20)
     text = capsys.readouterr().out
     assert "4 rollouts with A > 0: 2 hacks, 2 solves" in text and "AUROC 1.000" in text
-    assert "by quartile of their surprise: 1.00 0.00 nan nan" in text, "two solves, the less surprising at the cut of 0"
+    assert "by quartile of their surprise: 1.00 0.00 nan nan" in text, "two solves, the less surprising above the cut, .11"
     at = {line.split()[0]: line.split()[1:5] for line in text.splitlines() if line.startswith("  0.")}
     assert at["0.20"] == ["0.000", "0.500", "0.667", "0.714"]  # precision 2/3, F0.5 = 1.25 * 2 / (3 + .25 * 2)
     assert at["0.40"] == ["0.500", "0.000", "1.000", "0.833"]

@@ -210,7 +210,7 @@ def d(server):
 NUMBERS = {  # flag -> values that are refused, whatever else is given
     "lr": "nan -1 0 inf", "warmup": "-1 0", "grad-clip": "-1 0 nan", "clip-eps": "-1 0 1", "kl": "nan -1 inf",
     "mix-steps": "-1",
-    "cut-hack": "nan inf", "cut-mid": "-inf", "fpr": "-0.1 1.5 nan",
+    "cut-hack": "nan inf", "cut-mid": "-inf",
     "oracle-accuracy": "1.5", "expert-steps": "-1",
     "probe-temperature": "0 -1 inf", "k-hack": "nan", "betas": "2,0 .9,nan .9,1 -1,0", "top-k": "-1",
     "eval-samples": "-1",
@@ -238,9 +238,7 @@ TRAIN = [(f"--{flag} {value.replace(',', ' ')}", f"--{flag} ") for flag,
     ("--mix-ratio 0 --mix-steps 3", "--mix-steps 3 with --mix-ratio 0"),
     ("--mix-ratio 0 --demos {d}/empty", "empty with --mix-ratio 0"),
     ("--cut-mid .9 --cut-hack .3", "--cut-mid 0.9 with --cut-hack 0.3"),
-    ("--intervention none --fpr .2", "--fpr 0.2 with --intervention none"),
     ("--intervention absorb --score activation", "--score activation with --intervention absorb"),
-    ("--preset seed --fpr .2", "--fpr 0.2 with --gate batch"),
     ("--score surprise --read full", "--read full with --score surprise"),
     ("--score activation --probe-tokens all", "--probe-tokens all with --score activation"),
     ("--gate batch --k-mid 2", "--k-mid 2.0 with --k-hack 0.5"),
@@ -402,7 +400,7 @@ def test_pairs_that_hardly_tell_apart_are_warned_of():
     import torch
     from extract_vgrad import Direction
     low, high = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])
-    summaries = [Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(4, 1, 1)).summary(fpr=0.05)
+    summaries = [Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(4, 1, 1)).summary()
                  for hack in (high, low)]
     assert ["warning" in text for text in summaries] == [False, True] and "AUROC 0.50" in summaries[1]
 

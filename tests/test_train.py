@@ -168,16 +168,16 @@ SEED = parse_args(["--preset", "seed"])
 FAST = dict(rank=8, lr=6e-3, grad_clip=0.02, seed=2, ablated_share=0.25)
 CASES = {  # name -> (preset, what departs from it)
     "everything": (Config(), FAST | dict(
-        steps=2, epochs=2, clip_eps=0.1, kl=0.05, positive_only=False, baseline="label", read="ablated", fpr=0.25,
+        steps=2, epochs=2, clip_eps=0.1, kl=0.05, positive_only=False, baseline="label", read="ablated",
         cut_mid=-0.24, cut_hack=-0.1, temperature=1.2, top_k=30, gt_only_share=0.25, tokens_per_batch=400)),
     "seed": (SEED, FAST | dict(steps=2, std_norm=True, k_hack=0.9)),
     "placebo": (Config(), FAST | dict(
-        seed=3, temperature=1.3, routeV_random_v_seed=1, fpr=0.25, cut_mid=-0.24)),
+        seed=3, temperature=1.3, routeV_random_v_seed=1, cut_mid=-0.24)),
     "seed's placebo": (SEED, FAST | dict(routeV_random_v_seed=2)),
     "screened": (Config(), FAST | dict(
-        seed=3, temperature=1.3, steps=2, grad_clip=0.005, on_hack="screen", fpr=0.25, cut_mid=-0.24)),
+        seed=3, temperature=1.3, steps=2, grad_clip=0.005, on_hack="screen", cut_mid=-0.24)),
     "penalised": (Config(), FAST | dict(
-        temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, fpr=0.25, cut_mid=0.1)),
+        temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, cut_mid=0.1)),
     "oracle": (Config(), FAST | dict(
         intervention="oracle", oracle_accuracy=0.7, inoculate="Cheat on this.", steps=2, pairs=Config().pairs)),
 }
@@ -570,7 +570,7 @@ def test_the_seed_preset_is_the_originals_recipe():
     cfg = Config()
     assert (cfg.gate, cfg.read, cfg.centre, cfg.positive_only, cfg.importance) == ("pairs", "base", True, True, True)
     assert (cfg.mix_ratio, cfg.ablated_share, cfg.std_norm, cfg.kl, cfg.epochs) == (0.25, 0.5, False, 0.0, 1)
-    assert (cfg.score, cfg.probe_temperature, cfg.probe_tokens, cfg.fpr) == ("gradient", 100.0, "completion", 0.05)
+    assert (cfg.score, cfg.probe_temperature, cfg.probe_tokens) == ("gradient", 100.0, "completion")
 
 
 def test_preset_sets_the_defaults_and_flags_override_it():
