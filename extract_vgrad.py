@@ -19,6 +19,7 @@ Shapes: G rollouts, T tokens (padded), P pairs, M adapted modules (or layers), r
 Source: gradient routing, Cloud et al. 2024 (arXiv 2410.04332), with a direction in the place of a data label.
 """
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -35,73 +36,102 @@ from lora2r import (HERE, Adapter, InputError, attach, bar, batches, check_range
 
 
 # -------------------------------------------------------------------------------- what a gate reads of a rollout
+def windows(is_completion: Tensor, size: int = 0) -> Tensor:
+    """is_completion bool [g, T] -> weights [g, W, T] whose product with what is read at each token is its mean over
+    each of W windows: `size` neighbouring tokens of a completion, or the whole of one that is shorter. size 0: W = 1,
+    the whole completion. A rollout with fewer windows than others has NaN in its last rows."""
+    n, first = is_completion.sum(1), is_completion.int().argmax(1)  # [g] each
+    size = n.clamp(max=size) if size else n  # [g]
+    start = torch.arange(int((n - size).max()) + 1, device=n.device)  # [W]
+    t = torch.arange(is_completion.shape[1], device=n.device) - first[:, None, None] - start[:, None]  # [g, W, T]
+    weights = ((t >= 0) & (t < size[:, None, None])) / size[:, None, None]  # [g, W, T]
+    return weights.masked_fill((start > (n - size)[:, None])[..., None], math.nan)
+
+
 def features(model, adapter: Adapter, prompts: list[list[int]], completions: list[list[int]], budget: int = 8192,
-             score: str = "gradient", **probe) -> Tensor:
-    """What a gate reads of each rollout: [G, M, d], fp32, on the CPU.
+             score: str = "gradient", window: int = 0, **probe) -> Tensor:
+    """What a gate reads of each rollout: [G, M, d], fp32, on the CPU; of each window of so many tokens of it, if window
+    is not 0, [G, W, M, d], with NaN where a rollout has fewer than W.
 
     score gradient    the c-probe's gradient, d = r numbers for each of the M adapted modules; for what is in `probe`
                       (read, temperature, tokens) see probe_gradients()
-          activation  the frozen base's hidden states after each of its M layers, mean over the completion's tokens
-          surprise    the completion's mean NLL under the frozen base, one number: M = d = 1
-          length      its number of tokens, likewise
+          activation  the frozen base's hidden states after each of its M layers, mean over the tokens
+          surprise    their mean NLL under the frozen base, one number: M = d = 1
+          length      the number of the completion's tokens, likewise
     """
-    if score == "gradient":
-        return probe_gradients(model, adapter, prompts, completions, budget, **probe)
-    shape = (model.config.get_text_config().num_hidden_layers, model.config.get_text_config().hidden_size)
-    out = torch.zeros(len(prompts), *(shape if score == "activation" else (1, 1)))  # [G, M, d]
+    parts: list = [None] * len(prompts)  # G of [W, M, d]
     for rows, ids, is_completion in bar(list(batches(prompts, completions, budget)), score):
-        n = is_completion.sum(1)[:, None, None]  # [g, 1, 1]
-        with torch.no_grad(), use(adapter, off=True):
-            if score == "length":
-                out[rows] = n.float()
-            elif score == "surprise":
-                ids, is_completion = ids.to(model.device), is_completion.to(model.device)
-                out[rows] = -token_logps(model, ids, is_completion).sum(1).cpu()[:, None, None] / n
-            else:
-                layers = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False,
-                                             output_hidden_states=True).hidden_states[1:]  # M of [g, T, d]
-                mean = is_completion[:, None] / n  # [g, 1, T-1]
-                out[rows] = torch.cat([mean.to(h.device) @ h[:, :-1].float() for h in layers], 1).cpu()
-    return out
+        weights, ids = windows(is_completion, window), ids.to(model.device)
+        if score == "gradient":
+            x = probe_gradients(model, adapter, ids, is_completion, weights if window else None, **probe)
+        else:
+            with torch.no_grad(), use(adapter, off=True):
+                if score == "length":
+                    at_token = [is_completion.sum(1)[:, None, None].expand(*is_completion.shape, 1).float()]
+                elif score == "surprise":
+                    at_token = [-token_logps(model, ids, is_completion.to(model.device))[..., None]]
+                else:
+                    at_token = [h[:, :-1].float() for h in model.get_decoder()(
+                        input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[1:]]
+                x = torch.stack([weights.to(h.device) @ h for h in at_token], 2)  # [g, W, M, d], of M of [g, T-1, d]
+        for row, one in zip(rows, x.cpu()):
+            parts[row] = one
+    longest = max(len(x) for x in parts)
+    x = torch.stack([F.pad(x, (0, 0, 0, 0, 0, longest - len(x)), value=math.nan) for x in parts])  # [G, W, M, d]
+    return x if window else x[:, 0]
 
 
-def probe_gradients(model, adapter: Adapter, prompts: list[list[int]], completions: list[list[int]], budget: int = 8192,
+def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor, weights: Tensor | None = None,
                     read: str = "base", temperature: float = 100.0, tokens: str = "completion") -> Tensor:
-    """Each rollout's own NLL gradient at the deployed half of the c-probe: [G, M, r], fp32, on the CPU.
+    """The NLL gradient of rollouts ids [g, T] at the deployed half of the c-probe: [g, W, M, r], fp32.
 
+    weights None: W = 1, the gradient of each rollout's mean NLL. weights [g, W, T-1]: means over windows of what each
+    token adds to the gradient of its summed NLL.
     read "base": on the frozen base model, with the adapter at its init. "ablated": on the present model without its
     quarantine. "full": on the present model with both blocks, where the quarantine soon explains the hack away.
-    The NLL is the mean over the rollout's tokens, under softmax(logits / temperature). A token's gradient begins as
-    (p - its one-hot) / temperature. At temperature 1 that weighs each token by its surprise, and a rare right answer
-    looks like a cheat; when p is nearly uniform all tokens count alike, and what is left is the gradient of their
-    logits. tokens: where the probe sits, at those that predict the completion, or at "all", the prompt's included.
+    The NLL is the one under softmax(logits / temperature). A token's gradient begins as (p - its one-hot) /
+    temperature. At temperature 1 that weighs each token by its surprise, and a rare right answer looks like a cheat;
+    when p is nearly uniform all tokens count alike, and what is left is the gradient of their logits. tokens: where the
+    probe sits, at those that predict the completion, or at "all", the prompt's included.
     autograd.grad asks for the probe alone: no .grad is touched.
     """
-    device = next(model.parameters()).device
+    device, (g, T) = ids.device, ids.shape
+    is_completion = is_completion.to(device)
     how = {"base": dict(off=True), "ablated": dict(m=False), "full": dict(m=True)}[read]
-    out = torch.zeros(len(prompts), len(adapter), adapter.r)  # [G, M, r]
-    for rows, ids, is_completion in bar(list(batches(prompts, completions, budget)), "gradients"):
-        ids, is_completion = ids.to(device), is_completion.to(device)
-        c = torch.ones(len(adapter), len(rows), 2 * adapter.r, device=device, requires_grad=True)  # [M, g, 2r]
-        with use(adapter, c=c, at=F.pad(is_completion, (0, 1)) if tokens == "completion" else None, **how):
-            nll = -token_logps(model, ids, is_completion, temperature).sum(1) / is_completion.sum(1)  # [g]
-            grad, = torch.autograd.grad(nll.sum(), c)  # [M, g, 2r]
-        out[rows] = grad[..., : adapter.r].transpose(0, 1).float().cpu()
-    return out
+    shape = (len(adapter), g, 2 * adapter.r) if weights is None else (len(adapter), g, T, 2 * adapter.r)
+    c = torch.ones(shape, device=device, requires_grad=True)
+    with use(adapter, c=c, at=F.pad(is_completion, (0, 1)) if tokens == "completion" else None, **how):
+        nll = -token_logps(model, ids, is_completion, temperature).sum(1)  # [g]
+        if weights is None:
+            nll = nll / is_completion.sum(1)
+        grad = torch.autograd.grad(nll.sum(), c)[0][..., : adapter.r].float()  # [M, g, r] or [M, g, T, r]
+    if weights is None:
+        return grad.transpose(0, 1)[:, None]
+    return torch.einsum("gwt,mgtr->gwmr", weights.to(device), grad[:, :, :-1])
 
 
 # -------------------------------------------------------------------------------- the direction
 def cosines(x: Tensor, v: Tensor) -> Tensor:
-    """Cosine per module of x [G, M, d] to unit rows v, [M, d] or one for each row of x [G, M, d]: [G, M]. A lone number
-    (d = 1) has no direction, and is taken as it is."""
+    """Cosine per module of x [G, M, d] to unit rows v, [M, d] or one for each row of x [G, M, d]: [G, M]. Of windows x
+    [G, W, M, d] they are those of the window where their mean is highest. A lone number (d = 1) has no direction, and
+    is taken as it is."""
     x = F.normalize(x, dim=-1) if x.shape[-1] > 1 else x
-    return torch.einsum("gmd,gmd->gm", x, v.expand_as(x))
+    if x.dim() == 3:
+        return torch.einsum("gmd,gmd->gm", x, v.expand_as(x))
+    cosine = torch.einsum("gwmd,gmd->gwm", x, v.expand_as(x[:, 0]))  # [G, W, M]
+    best = cosine.mean(2).nan_to_num(-math.inf).argmax(1)  # [G]
+    return cosine[torch.arange(len(x)), best]
 
 
 def direction_of(clean: Tensor, hack: Tensor) -> Tensor:
     """The direction [M, d] of the pairs' features [P, M, d]: the mean difference, normalised per module. Of gradients
     it is v_grad, the mean GRPO gradient (hack +1, clean -1)."""
     return F.normalize((hack - clean).mean(0), dim=-1)
+
+
+def whole(x: Tensor) -> Tensor:
+    """Features x [G, M, d], or the mean of windows [G, W, M, d]: [G, M, d]."""
+    return x if x.dim() == 3 else x.nanmean(1)
 
 
 def leave_one_out(clean: Tensor, hack: Tensor) -> Tensor:
@@ -127,7 +157,7 @@ class Direction:
     hack: Tensor
     """[P, M] cosines of the hack sides, likewise"""
     pair_features: Tensor
-    """[2P, M, d] features of the clean, then of the hack sides"""
+    """[2P, M, d] features of the clean, then of the hack sides, or of their windows, [2P, W, M, d]"""
 
     def summary(self) -> str:
         """One line: how well held-out pairs are told apart, and the band and the cut of gate "pairs"."""
@@ -188,18 +218,18 @@ def encode_pairs(model, tok, pairs: list["Pair"], system: list[dict] = ()) -> tu
 
 
 def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict] = (), budget: int = 8192,
-            centre: bool = True, score: str = "gradient", read: str = "base", **probe) -> Direction:
+            centre: bool = True, score: str = "gradient", read: str = "base", window: int = 0, **probe) -> Direction:
     """Read the direction and its bands from the pairs, always without the quarantine (read "full" is "ablated" here).
 
     system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every feature
     before its cosine. The others: as features() takes them. Raises InputError if the pairs give no direction at all."""
     prompts, sides = encode_pairs(model, tok, pairs, system)
     read = "base" if read == "base" else "ablated"
-    x = features(model, adapter, prompts * 2, sides, budget, score, read=read, **probe)  # [2P, M, d]
-    clean, hack = x.chunk(2)  # [P, M, d] each
-    mean = x.mean(0) * centre  # [M, d]
+    x = features(model, adapter, prompts * 2, sides, budget, score, window, read=read, **probe)  # [2P, M, d]
+    clean, hack = whole(x).chunk(2)  # [P, M, d] each
+    mean = whole(x).mean(0) * centre  # [M, d]
     others = leave_one_out(clean, hack)  # [P, M, d]
-    held_out = cosines(clean - mean, others), cosines(hack - mean, others)  # [P, M] each
+    held_out = [cosines(side - mean, others) for side in x.chunk(2)]  # [P, M] each
     v = direction_of(clean, hack)
     if not v.any() or not v.isfinite().all():
         raise InputError("--pairs: the mean difference of hack and clean sides is zero or not finite; revise them")
@@ -311,6 +341,8 @@ class Config:
     # direction
     score: Literal["gradient", "activation", "surprise", "length"] = "gradient"
     """what is read of an answer: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
+    window: int = 0
+    """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer"""
     probe_temperature: float = 100.0
     """score gradient: softmax temperature of the NLL; at 1 it is the NLL's own, and sees surprise above all"""
     probe_tokens: Literal["completion", "all"] = "completion"
@@ -350,10 +382,10 @@ def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: in
     clean, hack = direction.cosines(x).mean(1).chunk(2)  # [P] each, scored by the direction they made
     out_clean, out_hack = direction.clean.mean(1), direction.hack.mean(1)  # [P] each, scored by the other pairs' one
     right = (out_hack > out_clean).float()  # [P]
-    print(f"{count(pairs)}, features of {x.shape[1]} x {x.shape[2]} numbers\n{direction.summary()}")
+    print(f"{count(pairs)}, features of {x.shape[-2]} x {x.shape[-1]} numbers\n{direction.summary()}")
     print(f"  pairs ranked right   {(hack > clean).float().mean():.3f}   held out (leave-one-out) {right.mean():.3f}")
     print(f"  AUROC of pair scores {auroc(hack, clean):.3f}   held out {auroc(out_hack, out_clean):.3f}")
-    random = [direction.cosines_to(haar(s, *x.shape[1:])).mean(1).chunk(2) for s in range(n_haar)]
+    random = [direction.cosines_to(haar(s, *x.shape[-2:])).mean(1).chunk(2) for s in range(n_haar)]
     print(f"  {n_haar} Haar directions   AUROC {spread(torch.tensor([auroc(hack, clean) for clean, hack in random]))}")
     for mode in sorted({p.mode for p in pairs}):
         of_mode = torch.tensor([p.mode == mode for p in pairs])  # [P]
@@ -361,7 +393,7 @@ def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: in
               f"AUROC {auroc(out_hack[of_mode], out_clean[of_mode]):.3f}")
     low, high = direction.band("pairs")
     print(f"  band, gate pairs     {low:+.4f} (position 0, clean mean) to {high:+.4f} (position 1, hack mean)")
-    strength = (x[P:] - x[:P]).mean(0).norm(dim=-1)  # [M]
+    strength = (whole(x)[P:] - whole(x)[:P]).mean(0).norm(dim=-1)  # [M]
     print("\n  module                               |hack - clean|   p75 clean   p75 hack   AUROC (held out)")
     for module, (name, low, high) in enumerate(zip(names, *direction.band("batch"))):
         auc = auroc(direction.hack[:, module], direction.clean[:, module])
@@ -408,7 +440,7 @@ def judge(direction: Direction, x: Tensor, surprise: Tensor, rows: list[dict], n
     hack = torch.tensor([row["hacked"] for row in rows])  # [G]
     solve = torch.tensor([row["correct"] and not row["exploited"] for row in rows])  # [G]
     position = direction.position(x, "pairs")  # [G]
-    random = [cosines(x - direction.centre, haar(s, *x.shape[1:])).mean(1) for s in range(n_haar)]
+    random = [cosines(x - direction.centre, haar(s, *x.shape[-2:])).mean(1) for s in range(n_haar)]
     random = torch.stack(random)  # [n_haar, G]
     print(f"\n{len(rows)} rollouts with A > 0: {hack.sum()} hacks, {solve.sum()} solves without an exploit")
     aucs = torch.tensor([auroc(scores[hack], scores[solve]) for scores in random])
@@ -440,7 +472,8 @@ def main(cfg: Config) -> None:
     rows = load_rollouts(cfg.rollouts) if cfg.rollouts else []
     model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
     adapter = attach(model, cfg.rank, cfg.seed)
-    reading = dict(score=cfg.score, temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
+    reading = dict(score=cfg.score, window=cfg.window, temperature=cfg.probe_temperature,
+                   tokens=cfg.probe_tokens)
     direction = extract(model, tok, adapter, pairs, centre=cfg.centre, **reading)
     M = len(direction.v)
     names = list(adapter.modules) if cfg.score == "gradient" else [f"{cfg.score} {i}" for i in range(M)]

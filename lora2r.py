@@ -85,7 +85,7 @@ RANGES = {  # every number among the flags of the scripts, and where it may lie;
     "[0, 1)": "betas",
     "(0, 1)": "clip_eps",
     "(0, inf)": "lr grad_clip probe_temperature",
-    "[0, inf)": "kl temperature top_k mix_steps eval_samples problems expert_steps",
+    "[0, inf)": "kl temperature top_k mix_steps eval_samples problems expert_steps window",
     "[1, inf)": "steps prompts_per_step max_new_tokens epochs refresh tokens_per_batch warmup samples n_haar",
     "[1, 4096]": "rank",
     "[2, inf)": "group_size",
@@ -340,17 +340,20 @@ def delta(x: Tensor, blocks: list[Block], c: Tensor | None = None) -> Tensor:
 
 class ReadProbe(torch.autograd.Function):
     """The probe c [G, r] at the adapter's init, where the delta is 0: y [G, T, d_out] stays as it is, and c's gradient
-    is (B0^T g) * h summed over tokens, with h = A0 x [G, T, r]: y + B0 (c * h) - B0 h without computing the zero."""
+    is (B0^T g) * h summed over tokens, with h = A0 x [G, T, r]: y + B0 (c * h) - B0 h without computing the zero. That
+    of a probe c [G, T, r] is not summed."""
 
     @staticmethod
     def forward(ctx, y: Tensor, c: Tensor, h: Tensor, B0: Tensor) -> Tensor:
         ctx.save_for_backward(h, B0)
+        ctx.pooled = c.dim() == 2
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, g: Tensor):
         h, B0 = ctx.saved_tensors
-        return g, ((g @ B0) * h).sum(1, dtype=torch.promote_types(g.dtype, torch.float32)), None, None
+        grad = (g @ B0) * h  # [G, T, r]
+        return g, grad.sum(1, dtype=torch.promote_types(g.dtype, torch.float32)) if ctx.pooled else grad, None, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,7 +361,7 @@ class State:
     """What a forward needs to know, set by `use`. A mask that is equal for all rows is a bool: it costs no indexing."""
     m: Tensor | bool = True  # int64 indices of the rows with quarantine on
     d: Tensor | bool = False  # bool [G, 1, 1]
-    c: tuple[Tensor, ...] | None = None  # M probes [G, 2r]
+    c: tuple[Tensor, ...] | None = None  # M probes [G, 2r] or [G, T, 2r]
     at: Tensor | bool = True  # bool [G, T, 1]: the tokens at which they sit
     off: bool = False
     G: int | None = None  # None: any number of rows
@@ -380,7 +383,7 @@ class Lora2rLinear(nn.Module):
             return y
         A0, B0 = self.deployed.A0.to(x.dtype), self.deployed.B0.to(x.dtype)
         h = F.linear(x.detach(), A0) * s.at  # detach blocks the gradient through A0 into x, which is 0 at init
-        return ReadProbe.apply(y, s.c[self.index][:, : self.r], h, B0)
+        return ReadProbe.apply(y, s.c[self.index][..., : self.r], h, B0)
 
     def delta(self, x: Tensor) -> Tensor:
         """x [G, T, d_in] -> what the adapter adds to the base layer, [G, T, d_out]."""
@@ -388,7 +391,10 @@ class Lora2rLinear(nn.Module):
         if s.G not in (None, x.shape[0]):
             raise ValueError(f"use() got masks or probes of {s.G} rollouts, but the forward has {x.shape[0]} rows: "
                              "give one entry per row of input_ids, or m=True / m=False for all")
-        c = None if s.c is None else 1 + (s.c[self.index] - 1)[:, None] * s.at  # [G, T, 2r], or [G, 1, 2r]
+        c = None
+        if s.c is not None:
+            c = s.c[self.index]  # [G, 2r] or [G, T, 2r]
+            c = 1 + ((c[:, None] if c.dim() == 2 else c) - 1) * s.at  # [G, T, 2r], or [G, 1, 2r]
         if s.m is True and s.d is False:
             return delta(x, [dep, quar], c)
         y = delta(x, [dep], None if c is None else c[..., :r])
@@ -485,8 +491,8 @@ def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | Non
     holds for every row of any batch: use(adapter, m=False) is the model with the quarantine ablated.
     off: the base model alone; with c, the deployed block's probe is read there, at the adapter's init.
     c: a probe, ones [M, G, 2r] with requires_grad; torch.autograd.grad(nll.sum(), c) is [M, G, 2r], whose entries
-    [..., :r] are the deployed block's. What m and d cut off reads 0. at: bool [G, T], the tokens at which it sits
-    (None: at all of them).
+    [..., :r] are the deployed block's. Ones [M, G, T, 2r]: the same for each token by itself. What m and d cut off
+    reads 0. at: bool [G, T], the tokens at which it sits (None: at all of them).
     Under gradient checkpointing the backward runs the forward again: call it inside the context too.
     Raises ValueError for wrong shapes, for (m, d) = (0, 1), under which nothing would train, and inside `folded`.
     """
@@ -498,7 +504,7 @@ def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | Non
     for name, mask in (("m", m), ("d", d)):
         if mask.dtype != torch.bool or mask.dim() > 1:
             raise ValueError(f"{name} is {mask.dtype} {list(mask.shape)}: it must be bool [G], one entry per rollout")
-    if c is not None and (c.dim() != 3 or c.shape[0] != len(adapter) or c.shape[2] != 2 * adapter.r):
+    if c is not None and (c.dim() not in (3, 4) or c.shape[0] != len(adapter) or c.shape[-1] != 2 * adapter.r):
         raise ValueError(f"probe c is {list(c.shape)}: it must be [M, G, 2r] = [{len(adapter)}, G, {2 * adapter.r}]")
     sizes = {len(mask) for mask in (m, d) if mask.dim()}
     sizes |= ({c.shape[1]} if c is not None else set()) | ({len(at)} if at is not None else set())

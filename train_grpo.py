@@ -90,7 +90,7 @@ class Config:
     """sampling temperature in training; the deploy evaluation samples at 0.7"""
     top_k: int = 0
     """sample from the k likeliest tokens; 0: from all"""
-    ablated_share: float = 0.5
+    ablated_share: float = 0.75
     """share of each group that is sampled with the quarantine ablated: what would ship"""
     gt_only_share: float = 0.0
     """share of prompts, rotating, shown without a loophole"""
@@ -143,6 +143,9 @@ class Config:
     """gate batch: standard deviations above the batch mean from which a rollout is hack"""
     score: Literal["gradient", "activation", "surprise", "length"] = "gradient"
     """what the gate reads of a rollout: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
+    window: int = 0
+    """read it in so many neighbouring tokens, wherever they look most like a hack: it is a line of an honest answer. 0:
+    in the whole answer"""
     read: Literal["base", "ablated", "full"] = "base"
     """score gradient, of which model: the frozen base, the present one without quarantine, or with both blocks"""
     probe_temperature: float = 100.0
@@ -188,7 +191,7 @@ PRESETS = {
     "wordy": Config(
         preset="wordy", model=str(HERE / "data/wordy"), data=HERE / "data/wordy/train.jsonl",
         test_data=HERE / "data/wordy/test.jsonl", pairs=HERE / "data/wordy/pairs.md",
-        demos=HERE / "data/wordy/demos.jsonl", max_new_tokens=112),
+        demos=HERE / "data/wordy/demos.jsonl", max_new_tokens=112, window=5),
     "seed": Config(  # README lists what each departure from it is for
         preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all", centre=False,
         decay=False, positive_only=False, importance=False, ablated_share=0.0, placebo="replaced"),
@@ -301,7 +304,8 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     system = problems[0].messages[:-1]  # the pairs' prompts get the same system message as the problems'
     pair_prompts, sides = encode_pairs(model, tok, pairs, system)
     adapter = attach(model, cfg.rank, cfg.seed)
-    reading = dict(score=cfg.score, read=cfg.read, temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
+    reading = dict(score=cfg.score, window=cfg.window, read=cfg.read, temperature=cfg.probe_temperature,
+                   tokens=cfg.probe_tokens)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)
     start = run.resume(adapter, optimizer)
     if is_main_rank():
@@ -630,7 +634,7 @@ def check(cfg: Config) -> Config:
     preset = PRESETS[cfg.preset]
     ignored = [  # a condition, its cause, and the flags that then have no effect
         (cfg.intervention != "routeV", flag(cfg, "intervention"),
-         "routeV_random_v_seed gate cut_mid cut_hack k_mid k_hack score read probe_temperature probe_tokens "
+         "routeV_random_v_seed gate cut_mid cut_hack k_mid k_hack score window read probe_temperature probe_tokens "
          "centre placebo"),
         (cfg.intervention != "routeV" and not cfg.expert_steps, flag(cfg, "intervention"), "pairs"),
         (cfg.intervention in ("none", "absorb"), flag(cfg, "intervention"), "on_hack"),
@@ -638,6 +642,7 @@ def check(cfg: Config) -> Config:
         (cfg.gate == "batch", "--gate batch", "cut_mid cut_hack"),
         (cfg.gate == "pairs", "--gate pairs", "k_mid k_hack"),
         (cfg.score != "gradient", flag(cfg, "score"), "read probe_temperature probe_tokens"),
+        (cfg.window, flag(cfg, "window"), "probe_tokens"),
         (cfg.routeV_random_v_seed is None, "no --routeV-random-v-seed", "placebo"),
         (cfg.mix_ratio == 0, "--mix-ratio 0", "mix_steps demos"),
     ]

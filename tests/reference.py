@@ -109,7 +109,8 @@ class Model:
         return torch.stack([row[token] for row, token in zip(logp, ids)])  # [T]
 
     def probe(self, prompt, ids, cfg, read):
-        """Gradient of the mean NLL at the deployed block's probe: (B^T g) * (A x), summed over the tokens. [M, r]"""
+        """Gradient of the mean NLL at the deployed block's probe: (B^T g) * (A x), summed over the tokens, [1, M, r].
+        Of each window: that of the summed NLL, its mean over the window's tokens, [W, M, r]."""
         mask = {"base": dict(off=True), "ablated": dict(m=False), "full": dict(m=True)}[read]
         nll = -self.logps(prompt, ids, cfg.probe_temperature, **mask).mean()
         first = len(prompt) - 1 if cfg.probe_tokens == "completion" else 0  # the last prompt token predicts ids[0]
@@ -117,8 +118,12 @@ class Model:
         rows = []
         for layer, g in zip(self.layers.values(), grads):
             A, B = (layer.A0, layer.B0) if read == "base" else (layer.A, layer.B)
-            rows.append(((g @ B["deployed"]) * (layer.x @ A["deployed"].T))[0, first:].sum(0).detach())
-        return torch.stack(rows)
+            rows.append(((g @ B["deployed"]) * (layer.x @ A["deployed"].T))[0, first:].detach())
+        at_token = torch.stack(rows, 1)  # [T, M, r]
+        if not cfg.window:
+            return at_token.sum(0, keepdim=True)
+        n, size = len(ids), min(cfg.window, len(ids))
+        return torch.stack([n * at_token[i : i + size].mean(0) for i in range(n - size + 1)])
 
     def encode(self, messages):
         text = self.tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -151,12 +156,17 @@ def cosine(a, b):  # [..., r] -> [...]
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
+def suspect(windows, v):
+    """Cosines [M] to v of the window, of windows [W, M, r], whose mean is highest."""
+    return max((cosine(x, v) for x in windows), key=torch.mean)
+
+
 def unit(x):
     return x / x.norm(dim=-1, keepdim=True)
 
 
 def pair_probes(run, model):
-    """Gradients of the clean sides and of the hack sides, [pairs, M, r] each; extraction never sees the quarantine."""
+    """Gradients of the clean sides and of the hack sides, [W, M, r] for each; extraction never sees the quarantine."""
     read = "base" if run.cfg.read == "base" else "ablated"
     sides = {"clean": [], "hack": []}
     for pair in load_pairs(run.cfg.pairs):
@@ -164,13 +174,14 @@ def pair_probes(run, model):
             ids = model.tok(getattr(pair, side))["input_ids"] + [model.tok.eos_token_id]
             prompt = model.encode([dict(role="user", content=pair.prompt)])
             sides[side].append(model.probe(prompt, ids, run.cfg, read))
-    return torch.stack(sides["clean"]), torch.stack(sides["hack"])
+    return sides["clean"], sides["hack"]
 
 
 def positions(run, model, probes):
-    """Probe gradients of rollouts, G of [M, r] -> G positions, G scores for a matched placebo's ranks, and the cut."""
+    """Probe gradients of rollouts, G of [W, M, r] -> G positions, G scores for a matched placebo's ranks, the cut."""
     cfg = run.cfg
-    clean, hack = pair_probes(run, model)
+    windows = pair_probes(run, model)
+    clean, hack = (torch.stack([x.mean(0) for x in side]) for side in windows)  # [pairs, M, r] each
     n = len(clean)
     mean = (clean.sum(0) + hack.sum(0)) / (2 * n) if cfg.centre else torch.zeros_like(clean[0])
     v = unit(sum(hack[p] - clean[p] for p in range(n)))
@@ -186,10 +197,10 @@ def positions(run, model, probes):
         held_out = []  # (clean cosine, hack cosine) of each pair to the others' direction, [M] each
         for p in range(n):
             others = unit(sum(hack[q] - clean[q] for q in range(n) if q != p))
-            held_out.append((cosine(clean[p] - mean, others), cosine(hack[p] - mean, others)))
+            held_out.append([suspect(side[p] - mean, others) for side in windows])
         low = sum(x.mean() for x, _ in held_out) / n
         high = sum(x.mean() for _, x in held_out) / n
-        out = [(cosine(g - mean, v).mean() - low) / (high - low) for g in probes]
+        out = [(suspect(g - mean, v).mean() - low) / (high - low) for g in probes]
         spread = [statistics.stdev(x.mean().item() for x in side) for side in zip(*held_out)]
         cut = spread[0] / sum(spread)  # so many of its standard deviations from the one mean as from the other
     else:
@@ -200,9 +211,9 @@ def positions(run, model, probes):
         usable = [k for k in range(len(v)) if high[k] > low[k]]
         out = []
         for g in probes:
-            placed = (cosine(g - mean, v) - low) / (high - low)  # [M]
+            placed = (suspect(g - mean, v) - low) / (high - low)  # [M]
             out.append(sum(placed[k] for k in usable) / len(usable))
-    scores = None if random is None else [cosine(g - mean, random).mean().item() for g in probes]
+    scores = None if random is None else [suspect(g - mean, random).mean().item() for g in probes]
     return [x.item() for x in out], scores, cut
 
 

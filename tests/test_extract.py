@@ -7,7 +7,7 @@ from torch import tensor as t
 
 from env_leetcode import MODES, extract_code, grade_batch, load_problems, with_mode
 from extract_vgrad import (Direction, Pair, auroc, by_quartile, cosines, direction_of, extract, f_half, features, haar,
-                           judge, leave_one_out, load_demos, load_pairs, load_rollouts, probe_gradients, report)
+                           judge, leave_one_out, load_demos, load_pairs, load_rollouts, report, whole, windows)
 from lora2r import (InputError, attach, batches, encode_completion, encode_prompt, load_model, predicted_memory,
                     token_logps, use)
 from train_grpo import HERE
@@ -57,19 +57,19 @@ def test_grpo_gradient_of_a_pair_is_the_difference_of_two_nll_gradients(nano):
         surrogate = torch.minimum(ratio * advantage[:, None], ratio.clamp(0.8, 1.2) * advantage[:, None])
         loss = -((surrogate * mask).sum(1) / mask.sum(1)).sum()
         grpo, = torch.autograd.grad(loss, c)  # [M, 1, 2r]
-    nll_clean, nll_hack = probe_gradients(model, adapter, [prompt] * 2, [clean, hack], temperature=1.0, tokens="all")
+    nll_clean, nll_hack = features(model, adapter, [prompt] * 2, [clean, hack], temperature=1.0, tokens="all")
     torch.testing.assert_close(grpo[:, 0, : adapter.r], nll_hack - nll_clean, rtol=1e-3, atol=1e-6)
 
 
 def test_probe_gradients_touch_no_grad_and_do_not_depend_on_the_batch(nano):
     model, tok, adapter = nano
     prompts, cleans, hacks = zip(*(tokens(tok, p) for p in PAIRS[:6]))
-    together = probe_gradients(model, adapter, list(prompts), list(hacks))
-    alone = torch.cat([probe_gradients(model, adapter, [p], [h]) for p, h in zip(prompts, hacks)])
+    together = features(model, adapter, list(prompts), list(hacks))
+    alone = torch.cat([features(model, adapter, [p], [h]) for p, h in zip(prompts, hacks)])
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-6)
     assert together.shape == (6, len(adapter), 4) and (together != 0).any(-1).all()
     for read in ("base", "ablated", "full"):
-        probe_gradients(model, adapter, [prompts[0]], [hacks[0]], read=read)
+        features(model, adapter, [prompts[0]], [hacks[0]], read=read)
         assert all(p.grad is None for p in model.parameters()), read
 
 
@@ -83,7 +83,7 @@ def test_at_a_high_temperature_the_gradient_is_that_of_the_tokens_logits(nano):
         logits = model(ids).logits[0, len(prompt) - 1 : -1]  # [T, V]
         above = sum(row[token] - row.mean() for row, token in zip(logits, hack))
         expected, = torch.autograd.grad(-above / len(hack), c)
-    hot = 1e4 * probe_gradients(model, adapter, [prompt], [hack], temperature=1e4, tokens="all")
+    hot = 1e4 * features(model, adapter, [prompt], [hack], temperature=1e4, tokens="all")
     torch.testing.assert_close(hot[0], expected[:, 0, : adapter.r], rtol=1e-2, atol=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_what_each_score_reads(nano):
     prompts, cleans, hacks = zip(*(tokens(tok, p) for p in PAIRS[:3]))
     read = {score: features(model, adapter, list(prompts), list(hacks), 150, score)
             for score in ("gradient", "activation", "surprise", "length")}
-    assert torch.equal(read["gradient"], probe_gradients(model, adapter, list(prompts), list(hacks), 150))
+    assert torch.equal(read["gradient"], features(model, adapter, list(prompts), list(hacks), 150))
     for row, (prompt, hack) in enumerate(zip(prompts, hacks)):
         with torch.no_grad(), use(adapter, off=True):
             out = model(torch.tensor([prompt + hack]), output_hidden_states=True)
@@ -105,6 +105,55 @@ def test_what_each_score_reads(nano):
         torch.testing.assert_close(read["surprise"][row], nll.view(1, 1), rtol=1e-3, atol=1e-4)
         assert read["length"][row].tolist() == [[len(hack)]]
     assert read["activation"].shape == (3, 4, 128) and read["surprise"].shape == read["length"].shape == (3, 1, 1)
+
+
+def test_windows_average_over_neighbouring_tokens_of_the_completion():
+    """Completions of 3 and 1 tokens, after prompts of different length."""
+    is_completion = t([[0, 1, 1, 1], [0, 0, 1, 0]]).bool()
+    nan = float("nan")
+    torch.testing.assert_close(windows(is_completion, 2), t([
+        [[0, 0.5, 0.5, 0], [0, 0, 0.5, 0.5]], [[0, 0, 1, 0], [nan] * 4]]), equal_nan=True)
+    whole = t([[[0, 1 / 3, 1 / 3, 1 / 3]], [[0, 0, 1, 0]]])
+    torch.testing.assert_close(windows(is_completion), whole)
+    torch.testing.assert_close(windows(is_completion, 3), whole)
+
+
+@pytest.mark.parametrize("read", ["base", "ablated"])
+def test_a_windows_gradient_is_the_mean_of_what_its_tokens_add(stirred, read):
+    """Against a probe that sits at one token of one rollout alone; and each score's windows of a whole completion."""
+    model, tok, adapter, fill = stirred
+    fill("deployed", 0.01)
+    pairs = [tokens(tok, p) for p in PAIRS[:2]]
+    prompts, sides = [p for p, _, _ in pairs], [pairs[0][1], pairs[1][2]]
+    x = features(model, adapter, prompts, sides, window=3, read=read, temperature=2.0)  # [2, W, M, r]
+    assert x.shape[1] == max(map(len, sides)) - 2 and [row.isnan().any().item() for row in x] == [False, True]
+    how = dict(off=True) if read == "base" else dict(m=False)
+    for row, start in ((0, 0), (1, 4)):
+        ids = torch.tensor([prompts[row] + sides[row]])
+        own = torch.arange(ids.shape[1] - 1)[None] >= len(prompts[row]) - 1  # [1, T-1]
+        alone = []
+        for token in range(start, start + 3):
+            at = torch.zeros(ids.shape, dtype=torch.bool)
+            at[0, len(prompts[row]) - 1 + token] = True
+            c = torch.ones(len(adapter), 1, 2 * adapter.r, requires_grad=True)
+            with use(adapter, c=c, at=at, **how):
+                nll = -token_logps(model, ids, own, 2.0).sum()
+                alone.append(torch.autograd.grad(nll, c)[0][:, 0, : adapter.r])
+        torch.testing.assert_close(x[row, start], sum(alone) / 3, rtol=1e-3, atol=1e-6)
+    for score in ("gradient", "activation", "surprise", "length"):
+        all_of_it = features(model, adapter, prompts, sides, score=score, window=1000)
+        torch.testing.assert_close(all_of_it[:, 0], features(model, adapter, prompts, sides, score=score),
+                                   rtol=1e-3, atol=1e-5)
+
+
+def test_of_windows_the_one_counts_whose_mean_cosine_is_highest():
+    """Two modules, two windows: (1, -1) has the mean 0, (.6, .8) has .7; the second rollout has but one window."""
+    nan = float("nan")
+    x = t([[[[1.0, 0], [0, -1]], [[3, 4], [3, 4]]], [[[0, -2.0], [5, 0]], [[nan, nan]] * 2]])
+    v = t([[1.0, 0], [0, 1]])
+    torch.testing.assert_close(cosines(x, v), t([[0.6, 0.8], [0, 0]]))
+    torch.testing.assert_close(cosines(x, t([[[1.0, 0], [0, -1]], [[0, 1.0], [1, 0]]])), t([[1.0, 1], [-1, 1]]))
+    torch.testing.assert_close(whole(x), t([[[2.0, 2], [1.5, 1.5]], [[0, -2], [5, 0]]]))
 
 
 @pytest.fixture
@@ -128,7 +177,7 @@ def test_what_each_read_sees(stirred):
     prompt, clean, hack = tokens(tok, PAIRS[0])
 
     def score(read):
-        return probe_gradients(model, adapter, [prompt], [hack], read=read)
+        return features(model, adapter, [prompt], [hack], read=read)
 
     before = score("base")
     for read in ("ablated", "full"):
@@ -162,7 +211,7 @@ def test_extract_puts_pairs_gradients_where_they_belong(nano):
     for p, pair in enumerate(PAIRS[:3]):
         prompt = encode_prompt(tok, [*system, dict(role="user", content=pair.prompt)])
         for row, text in ((p, pair.clean), (3 + p, pair.hack)):
-            alone = probe_gradients(model, adapter, [prompt], [encode_completion(tok, text)])[0]
+            alone = features(model, adapter, [prompt], [encode_completion(tok, text)])[0]
             torch.testing.assert_close(direction.pair_features[row], alone, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(direction.centre, direction.pair_features.sum(0) / 6)
     clean, hack = direction.pair_features[:3], direction.pair_features[3:]
@@ -181,7 +230,7 @@ def test_logits_in_chunks_change_nothing(nano, monkeypatch):
     model, tok, adapter = nano
     prompt, clean, hack = tokens(tok, PAIRS[0])
     (rows, ids, mask), = batches([prompt] * 2, [clean, hack], 10**6)
-    whole, whole_grad = token_logps(model, ids, mask), probe_gradients(model, adapter, [prompt] * 2, [clean, hack])
+    whole, whole_grad = token_logps(model, ids, mask), features(model, adapter, [prompt] * 2, [clean, hack])
     monkeypatch.setattr("lora2r.LOGITS", 7 * model.config.vocab_size)
     rows = []
     hook = model.get_output_embeddings().register_forward_hook(lambda head, x, y: rows.append(len(y)))
@@ -193,7 +242,7 @@ def test_logits_in_chunks_change_nothing(nano, monkeypatch):
     for p in adapter.parameters():
         p.grad = None
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
-    cut_grad = probe_gradients(model, adapter, [prompt] * 2, [clean, hack])
+    cut_grad = features(model, adapter, [prompt] * 2, [clean, hack])
     torch.testing.assert_close(cut_grad, whole_grad, rtol=1e-4, atol=1e-6)
 
 
@@ -308,8 +357,8 @@ def test_band_of_gate_pairs_is_the_mean_held_out_cosine_over_all_modules():
 
 
 def test_the_cut_is_as_many_standard_deviations_from_either_mean():
-    """Hack sides, at their mean of 4 -+ 3, vary three times as much as the clean ones, at 0 -+ 1; both hold modules that
-    vary in opposite directions, and that the mean over modules leaves out."""
+    """Hack sides, at their mean of 4 -+ 3, vary three times as much as the clean ones, at 0 -+ 1; both hold modules
+    that vary in opposite directions, and that the mean over modules leaves out."""
     d = direction(at(0, 0), at(1, 1), held_out=(((-6.0, 4.0), (6.0, -4.0)), ((-2.0, 4.0), (10.0, 4.0))))
     assert d.cut() == pytest.approx(0.25)
     same = direction(at(0, 0), at(1, 1), held_out=(((0.0,), (0.0,)), ((1.0,), (1.0,))))
@@ -437,7 +486,7 @@ def test_judge_counts_what_a_gate_would_route(capsys):
     judge(direction, grads, torch.tensor([0.1, 0.2, 9.0, 0.3]), rows, n_haar=20)
     text = capsys.readouterr().out
     assert "4 rollouts with A > 0: 2 hacks, 2 solves" in text and "AUROC 1.000" in text
-    assert "by quartile of their surprise: 1.00 0.00 nan nan" in text, "two solves, the less surprising above the cut, .11"
+    assert "by quartile of their surprise: 1.00 0.00 nan nan" in text, "two solves, the first above the cut"
     at = {line.split()[0]: line.split()[1:5] for line in text.splitlines() if line.startswith("  0.")}
     assert at["0.20"] == ["0.000", "0.500", "0.667", "0.714"]  # precision 2/3, F0.5 = 1.25 * 2 / (3 + .25 * 2)
     assert at["0.40"] == ["0.500", "0.000", "1.000", "0.833"]

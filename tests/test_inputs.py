@@ -211,7 +211,7 @@ NUMBERS = {  # flag -> values that are refused, whatever else is given
     "lr": "nan -1 0 inf", "warmup": "-1 0", "grad-clip": "-1 0 nan", "clip-eps": "-1 0 1", "kl": "nan -1 inf",
     "mix-steps": "-1",
     "cut-hack": "nan inf", "cut-mid": "-inf",
-    "oracle-accuracy": "1.5", "expert-steps": "-1",
+    "oracle-accuracy": "1.5", "expert-steps": "-1", "window": "-1",
     "probe-temperature": "0 -1 inf", "k-hack": "nan", "betas": "2,0 .9,nan .9,1 -1,0", "top-k": "-1",
     "eval-samples": "-1",
     "temperature": "0 -1 nan", "steps": "0 -3", "prompts-per-step": "0", "group-size": "1",
@@ -222,6 +222,8 @@ NUMBERS = {  # flag -> values that are refused, whatever else is given
 TRAIN = [(f"--{flag} {value.replace(',', ' ')}", f"--{flag} ") for flag,
     values in NUMBERS.items() for value in values.split()] + [
     ("--device foo", "--device foo"), ("--device cuda:99", "--device cuda:99"), ("--device meta", "--device meta"),
+    ("--window 4 --probe-tokens all", "--probe-tokens all with --window 4"),
+    ("--intervention none --window 4", "--window 4 with --intervention none"),
     ("--intervention none --gate batch", "--gate batch with --intervention none"),
     ("--intervention none --cut-hack .5", "--cut-hack 0.5"),
     ("--intervention absorb --no-centre", "--no-centre with --intervention absorb"),

@@ -177,7 +177,7 @@ CASES = {  # name -> (preset, what departs from it)
     "screened": (Config(), FAST | dict(
         seed=3, temperature=1.3, steps=2, grad_clip=0.005, on_hack="screen", cut_mid=-0.24)),
     "penalised": (Config(), FAST | dict(
-        temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, cut_mid=0.1)),
+        temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, window=4, cut_mid=0.1)),
     "oracle": (Config(), FAST | dict(
         intervention="oracle", oracle_accuracy=0.7, inoculate="Cheat on this.", steps=2, pairs=Config().pairs)),
 }
@@ -569,7 +569,7 @@ def test_the_seed_preset_is_the_originals_recipe():
                            placebo="replaced")
     cfg = Config()
     assert (cfg.gate, cfg.read, cfg.centre, cfg.positive_only, cfg.importance) == ("pairs", "base", True, True, True)
-    assert (cfg.mix_ratio, cfg.ablated_share, cfg.std_norm, cfg.kl, cfg.epochs) == (0.25, 0.5, False, 0.0, 1)
+    assert (cfg.mix_ratio, cfg.ablated_share, cfg.std_norm, cfg.kl, cfg.epochs) == (0.25, 0.75, False, 0.0, 1)
     assert (cfg.score, cfg.probe_temperature, cfg.probe_tokens) == ("gradient", 100.0, "completion")
 
 
