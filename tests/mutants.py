@@ -394,7 +394,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, 'F.pad(is_completion, (0, 1)) if tokens == "completion" else None', "F.pad(is_completion, (0, 1))", NLL),
     (EXTRACT, "hidden_states[1:]", "hidden_states[:-1]", SCORES),
     (EXTRACT, "[h[:, :-1].float()", "[h[:, 1:].float()", SCORES),
-    (EXTRACT, "is_completion.sum(1)[:, None, None].expand", "is_completion.sum(1).sort()[0][:, None, None].expand",
+    (EXTRACT, "is_completion.sum(1)[:, None, None].expand", "(is_completion.sum(1) + 1)[:, None, None].expand",
      SCORES),
     (EXTRACT, "(t < size[:, None, None])) / size[:, None, None]", "(t < size[:, None, None])).float()", SCORES),
     # windows: which tokens they hold, which of them there are, what their gradient is, which one counts
