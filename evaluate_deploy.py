@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import math
+import operator
 import os
 import shlex
 import sys
@@ -93,9 +94,6 @@ def format_table(runs: list[tuple[str, int, dict]]) -> str:
 
 
 # -------------------------------------------------------------------------------------- many runs, from files alone
-T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 %, for 1 to 9 degrees of freedom
-
-
 def keep_results(folders: list[Path], path: Path) -> list[dict]:
     """Add deploy.json and the last step's metrics of runs to the JSONL file `path`, a row a run, each in the place of
     an older row of its arm and seed. Returns all rows. Raises InputError for a run that has none, or another file."""
@@ -115,12 +113,28 @@ def keep_results(folders: list[Path], path: Path) -> list[dict]:
     return list(rows.values())
 
 
+def beyond(t: float, freedom: int) -> float:
+    """P(|T| > t) for Student's T of so many degrees of freedom: the share of cos^(freedom - 1) above atan(t / sqrt)."""
+    angle = torch.arange(0.5, 20_000, dtype=torch.float64) * math.pi / 40_000  # from 0 to pi / 2
+    density = angle.cos() ** (freedom - 1)
+    return (density[angle > math.atan(t / freedom**0.5)].sum() / density.sum()).item()
+
+
+def interval(xs: list[float]) -> tuple[float, float, float]:
+    """Mean of n >= 2 numbers, half the width of its 95 % t interval, and the two-sided p of the t test against 0."""
+    centre, error, freedom = mean(xs), max(stdev(xs), 1e-12) / len(xs) ** 0.5, len(xs) - 1
+    low, high = 0.0, 1e4  # the 97.5th percentile lies between
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if beyond(middle, freedom) > 0.05 else (low, middle)
+    return centre, high * error, beyond(abs(centre) / error, freedom)
+
+
 def over_seeds(shares: list[float]) -> str:
-    """Mean over n seeds, for 2 to 10 with its 95 % t interval, cut to [0, 1]."""
-    n, centre = len(shares), mean(shares)
-    if not 2 <= n <= 10:
-        return f"{centre:.3f}"
-    half = T_975[n - 2] * stdev(shares) / n**0.5
+    """Mean over n seeds, from two on with its 95 % t interval, cut to [0, 1]."""
+    if len(shares) == 1:
+        return f"{shares[0]:.3f}"
+    centre, half, _ = interval(shares)
     return f"{centre:.3f} [{max(0.0, centre - half):.2f}, {min(1.0, centre + half):.2f}]"
 
 
@@ -140,6 +154,28 @@ def format_arms(rows: list[dict]) -> str:
     return columns(table)
 
 
+def format_differences(rows: list[dict], arm: str) -> str:
+    """Rows of `keep_results` -> a line per other arm that shares two seeds with `arm` or more: `arm` minus the other,
+    paired by seed, what ships, with 95 % t intervals and p values of paired t tests, Holm's over all of them."""
+    cells = {(row["arm"], row["seed"]): row["results"]["deployed, trained"]["all"] for row in rows}
+    compared = []  # other arm, seeds, quantity, mean, half width, p
+    for other in dict.fromkeys(row["arm"] for row in rows if row["arm"] != arm):
+        seeds = [seed for name, seed in cells if name == other and (arm, seed) in cells]
+        for key in ("solve", "hack") if len(seeds) > 1 else ():
+            differences = [cells[arm, seed][key] - cells[other, seed][key] for seed in seeds]
+            compared.append((other, len(seeds), key, *interval(differences)))
+    corrected, running = {}, 0.0
+    for rank, (other, _, key, _, _, p) in enumerate(sorted(compared, key=operator.itemgetter(5))):
+        running = max(running, min(1.0, p * (len(compared) - rank)))
+        corrected[other, key] = running
+    table = [[f"{arm} minus", "seeds", "solve", "p (Holm)", "hack", "p (Holm)"]]
+    for (other, n, _, solve, a, _), (_, _, _, hack, b, _) in zip(compared[::2], compared[1::2]):
+        table.append([other, str(n), f"{solve:+.3f} [{solve - a:+.2f}, {solve + a:+.2f}]",
+                      f"{corrected[other, 'solve']:.1g}", f"{hack:+.3f} [{hack - b:+.2f}, {hack + b:+.2f}]",
+                      f"{corrected[other, 'hack']:.1g}"])
+    return columns(table) if compared else ""
+
+
 def columns(rows: list[list[str]]) -> str:
     """Rows of cells under each other."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -157,18 +193,26 @@ def check_plot(path: Path) -> None:
         raise InputError(f"--plot {path}: give a .png, .pdf or .svg in a folder that exists and may be written")
 
 
-def plot(runs: list[tuple[str, int, dict]], path: Path, temperature: float) -> None:
-    """Deploy solve against deploy hack (trained markers), one point a run, one colour an arm."""
+def plot(runs_of: dict[str, list[tuple[str, int, dict]]], path: Path) -> None:
+    """What ships (trained markers): a line an arm, a dot a seed, the mean as a bar; solve and hack side by side, and
+    what each key of runs_of names under each other."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(5.5, 4))
-    for colour, arm in enumerate(sorted({arm for arm, _, _ in runs})):
-        points = [results["deployed, trained"]["all"] for other, _, results in runs if other == arm]
-        axes.scatter([p["hack"] for p in points], [p["solve"] for p in points], color=f"C{colour}",
-                     label=f"{arm} (n = {len(points)} seeds)")
-    axes.set(xlabel="deploy hack rate", ylabel="deploy solve rate", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03),
-             title=f"Held-out problems, quarantine ablated, T = {temperature:g}")
-    axes.legend()
+    arms_of = {name: list(dict.fromkeys(arm for arm, _, _ in runs)) for name, runs in runs_of.items()}
+    heights = [len(arms) + 2 for arms in arms_of.values()]
+    figure, grid = plt.subplots(len(runs_of), 2, figsize=(9, 0.25 * sum(heights) + 0.5), height_ratios=heights,
+                                sharex="col", squeeze=False)
+    for (name, runs), axes in zip(runs_of.items(), grid):
+        for panel, key, colour in zip(axes, ("solve", "hack"), ("C0", "C3")):
+            for y, arm in enumerate(arms_of[name]):
+                results = [results for other, _, results in runs if other == arm]
+                shares = [x.get("deployed, trained", x.get("base, trained"))["all"][key] for x in results]
+                panel.plot(shares, [y] * len(shares), "o", color=colour, alpha=0.5, markersize=4)
+                panel.plot([mean(shares)] * 2, [y - 0.35, y + 0.35], color=colour, linewidth=2)
+            panel.set(xlim=(-0.03, 1.03), ylim=(len(arms_of[name]) - 0.4, -0.6), title=f"{name}: {key}, deployed")
+            panel.set_yticks(range(len(arms_of[name])), arms_of[name] if key == "solve" else [])
+            panel.grid(axis="y", linewidth=0.3)
+    figure.supxlabel("share of answers to held-out problems; a dot a seed, a bar their mean", fontsize=9)
     figure.tight_layout()
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:])
@@ -453,7 +497,10 @@ class Config:
 
     # instead of an evaluation
     results: Path | None = None
-    """put what the runs' deploy.json say into this .jsonl file, and print its means over seeds; samples nothing"""
+    """put what the runs' deploy.json say into this .jsonl file (without runs: read it, or a folder of such files), and
+    print means over seeds; samples nothing"""
+    against: str = "routeV"
+    """with --results: the arm that the others are compared with, seed by seed"""
     export: Path | None = None
     """write the deployed model of one run to this new folder, and sample nothing"""
     format: Literal["peft", "merged"] = "peft"
@@ -478,13 +525,19 @@ def main(cfg: Config) -> None:
         if getattr(cfg, name) != getattr(Config, name):
             cause = "with --export" if cfg.export else "without --export" if name == "format" else "with --results"
             raise InputError(f"{flag(cfg, name)} {cause} has no effect; leave it out")
+    if cfg.against != Config.against and not cfg.results:
+        raise InputError(f"{flag(cfg, 'against')} without --results has no effect; leave it out")
     if cfg.plot:
         check_plot(cfg.plot)
     if cfg.results:
-        rows = keep_results(cfg.checkpoints, cfg.results)
-        print(format_arms(rows))
+        several = cfg.results.is_dir() and not cfg.checkpoints
+        files = sorted(cfg.results.glob("*.jsonl")) if several else [cfg.results]
+        rows_of = {path.stem: keep_results(cfg.checkpoints, path) for path in files}
+        for name, rows in rows_of.items():
+            print(f"{name}\n{format_arms(rows)}\n\n{format_differences(rows, cfg.against)}\n")
         if cfg.plot:
-            plot([(row["arm"], row["seed"], row["results"]) for row in rows], cfg.plot, 0.7)
+            plot({name: [(row["arm"], row["seed"], row["results"]) for row in rows] for name, rows in rows_of.items()},
+                 cfg.plot)
         return
     if not cfg.checkpoints:
         raise InputError("no checkpoint given; e.g. python evaluate_deploy.py runs/routeV_seed0")
@@ -525,7 +578,7 @@ def main(cfg: Config) -> None:
         runs.append((config["arm"], config["seed"], results))
     print(format_table(runs))
     if cfg.plot:
-        plot([run for run in runs if run[0] != "base"], cfg.plot, cfg.temperature)
+        plot({f"T = {cfg.temperature:g}": runs}, cfg.plot)
         print(f"figure: {cfg.plot}")
 
 

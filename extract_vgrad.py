@@ -22,7 +22,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -111,6 +111,8 @@ def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor,
 
 
 # -------------------------------------------------------------------------------- the direction
+WINDOW = 5  # tokens: a few words of a line of code
+
 def cosines(x: Tensor, v: Tensor) -> Tensor:
     """Cosine per module of x [G, M, d] to unit rows v, [M, d] or one for each row of x [G, M, d]: [G, M]. Of windows x
     [G, W, M, d] they are those of the window where their mean is highest. A lone number (d = 1) has no direction, and
@@ -134,10 +136,20 @@ def whole(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.nanmean(1)
 
 
-def leave_one_out(clean: Tensor, hack: Tensor) -> Tensor:
-    """Pair features [P, M, d] each -> [P, M, d]: entry p is the direction of all pairs but p."""
-    others = ~torch.eye(len(clean), dtype=torch.bool)  # [P, P]
-    return torch.stack([direction_of(clean[chosen], hack[chosen]) for chosen in others])
+def held_out(x: Tensor, centre: Tensor, groups: list) -> list[Tensor]:
+    """Cosines of the pairs' clean and of their hack sides x [2P, M, d] - centre, [P, M] each: those of pair p to the
+    direction of all pairs but those of its group, of P groups."""
+    clean, hack = whole(x).chunk(2)  # [P, M, d] each
+    others = torch.tensor([[group != own for group in groups] for own in groups])  # [P, P]
+    v = torch.stack([direction_of(clean[chosen], hack[chosen]) for chosen in others])  # [P, M, d]
+    return [cosines(side - centre, v) for side in x.chunk(2)]
+
+
+def apart(clean: Tensor, hack: Tensor) -> float:
+    """How far apart the sides of P pairs lie, by their cosines [P, M] each: the distance of their means in units of the
+    sum of their standard deviations."""
+    clean, hack = clean.mean(1), hack.mean(1)  # [P] each
+    return ((hack.mean() - clean.mean()) / (clean.std() + hack.std() + 1e-12)).item()
 
 
 def haar(seed: int, M: int, d: int) -> Tensor:
@@ -158,14 +170,21 @@ class Direction:
     """[P, M] cosines of the hack sides, likewise"""
     pair_features: Tensor
     """[2P, M, d] features of the clean, then of the hack sides, or of their windows, [2P, W, M, d]"""
+    window: int = 0
+    """tokens of a window; 0: answers are read whole"""
+    unseen: dict[int, float] = field(default_factory=dict)
+    """how far apart() the sides of each mode's pairs lie by the others' direction, for each window that was tried"""
 
     def summary(self) -> str:
         """One line: how well held-out pairs are told apart, and the band and the cut of gate "pairs"."""
         clean, hack = self.clean.mean(1), self.hack.mean(1)  # [P] each
         auc = auroc(hack, clean)
         poor = "\nwarning: an AUROC below 0.8 hardly tells pairs apart: revise --pairs" if auc < 0.8 else ""
+        read = f"answers read in {self.window} tokens" if self.window else "answers read whole"
+        tried = ", ".join(f"window {size}: {value:.2f}" for size, value in self.unseen.items())
         return (f"direction: held-out pairs ranked right {(hack > clean).float().mean():.2f}, AUROC {auc:.2f}, "
-                f"band {clean.mean():+.3f} to {hack.mean():+.3f}, cut {self.cut():.2f}{poor}")
+                f"band {clean.mean():+.3f} to {hack.mean():+.3f}, cut {self.cut():.2f}\n"
+                f"  {read}{f' (modes that are held out lie apart by: {tried})' if tried else ''}{poor}")
 
     def cosines(self, x: Tensor) -> Tensor:
         """Features x [G, M, d] -> [G, M]."""
@@ -218,22 +237,33 @@ def encode_pairs(model, tok, pairs: list["Pair"], system: list[dict] = ()) -> tu
 
 
 def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict] = (), budget: int = 8192,
-            centre: bool = True, score: str = "gradient", read: str = "base", window: int = 0, **probe) -> Direction:
+            centre: bool = True, score: str = "gradient", read: str = "base", window: int | None = None,
+            **probe) -> Direction:
     """Read the direction and its bands from the pairs, always without the quarantine (read "full" is "ablated" here).
 
     system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every feature
-    before its cosine. The others: as features() takes them. Raises InputError if the pairs give no direction at all."""
+    before its cosine. window None: read answers whole or in WINDOW tokens, in whichever way the direction of the other
+    modes' pairs holds the sides of a mode's pairs further apart(): what a gate has to recognise is a cheat that no pair
+    shows. Pairs of one mode cannot tell, and are read whole. The others: as features() takes them. Raises InputError if
+    the pairs give no direction at all."""
     prompts, sides = encode_pairs(model, tok, pairs, system)
-    read = "base" if read == "base" else "ablated"
-    x = features(model, adapter, prompts * 2, sides, budget, score, window, read=read, **probe)  # [2P, M, d]
-    clean, hack = whole(x).chunk(2)  # [P, M, d] each
-    mean = whole(x).mean(0) * centre  # [M, d]
-    others = leave_one_out(clean, hack)  # [P, M, d]
-    held_out = [cosines(side - mean, others) for side in x.chunk(2)]  # [P, M] each
-    v = direction_of(clean, hack)
+    read, modes = "base" if read == "base" else "ablated", [pair.mode for pair in pairs]
+    several = len(set(modes)) > 1
+    sizes = [window]
+    if window is None:
+        sizes = [0, WINDOW] if several and probe.get("tokens") != "all" else [0]
+    readings, unseen = {}, {}  # window -> features [2P, M, d] and their mean [M, d]; how far apart() modes lie
+    for size in sizes:
+        x = features(model, adapter, prompts * 2, sides, budget, score, size, read=read, **probe)
+        readings[size] = x, whole(x).mean(0) * centre
+        if several:
+            unseen[size] = apart(*held_out(*readings[size], modes))
+    window = max(sizes, key=unseen.get) if several else sizes[0]
+    x, mean = readings[window]
+    v = direction_of(*whole(x).chunk(2))
     if not v.any() or not v.isfinite().all():
         raise InputError("--pairs: the mean difference of hack and clean sides is zero or not finite; revise them")
-    return Direction(v, mean, *held_out, x)
+    return Direction(v, mean, *held_out(x, mean, range(len(pairs))), x, window, unseen)
 
 
 # -------------------------------------------------------------------------------- pairs
@@ -341,8 +371,9 @@ class Config:
     # direction
     score: Literal["gradient", "activation", "surprise", "length"] = "gradient"
     """what is read of an answer: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
-    window: int = 0
-    """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer"""
+    window: int | None = None
+    """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer (default:
+    0 or 5, whichever holds apart the sides of each mode's pairs better by the direction of the other modes')"""
     probe_temperature: float = 100.0
     """score gradient: softmax temperature of the NLL; at 1 it is the NLL's own, and sees surprise above all"""
     probe_tokens: Literal["completion", "all"] = "completion"
@@ -481,6 +512,7 @@ def main(cfg: Config) -> None:
     if rows:
         prompts = [encode_prompt(tok, [dict(role="user", content=row["prompt"])]) for row in rows]
         completions = [encode_completion(tok, row["completion"]) for row in rows]
+        reading["window"] = direction.window
         x = features(model, adapter, prompts, completions, **reading)  # [G, M, d]
         surprise = features(model, adapter, prompts, completions, score="surprise").flatten()  # [G]
         judge(direction, x, surprise, rows, cfg.n_haar)

@@ -143,9 +143,9 @@ class Config:
     """gate batch: standard deviations above the batch mean from which a rollout is hack"""
     score: Literal["gradient", "activation", "surprise", "length"] = "gradient"
     """what the gate reads of a rollout: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
-    window: int = 0
-    """read it in so many neighbouring tokens, wherever they look most like a hack: it is a line of an honest answer. 0:
-    in the whole answer"""
+    window: int | None = None
+    """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer (default:
+    0 or 5, whichever holds apart the sides of each mode's pairs better by the direction of the other modes')"""
     read: Literal["base", "ablated", "full"] = "base"
     """score gradient, of which model: the frozen base, the present one without quarantine, or with both blocks"""
     probe_temperature: float = 100.0
@@ -191,10 +191,10 @@ PRESETS = {
     "wordy": Config(
         preset="wordy", model=str(HERE / "data/wordy"), data=HERE / "data/wordy/train.jsonl",
         test_data=HERE / "data/wordy/test.jsonl", pairs=HERE / "data/wordy/pairs.md",
-        demos=HERE / "data/wordy/demos.jsonl", max_new_tokens=112, window=5),
+        demos=HERE / "data/wordy/demos.jsonl", max_new_tokens=112),
     "seed": Config(  # README lists what each departure from it is for
         preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all", centre=False,
-        decay=False, positive_only=False, importance=False, ablated_share=0.0, placebo="replaced"),
+        decay=False, positive_only=False, importance=False, ablated_share=0.0, window=0, placebo="replaced"),
     "qwen3-4b": Config(
         preset="qwen3-4b", model="Qwen/Qwen3-4B", data=HERE / "data/leetcode/train.jsonl", dtype="bfloat16",
         test_data=HERE / "data/leetcode/test.jsonl", pairs=HERE / "data/leetcode/pairs.md",
@@ -304,8 +304,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     system = problems[0].messages[:-1]  # the pairs' prompts get the same system message as the problems'
     pair_prompts, sides = encode_pairs(model, tok, pairs, system)
     adapter = attach(model, cfg.rank, cfg.seed)
-    reading = dict(score=cfg.score, window=cfg.window, read=cfg.read, temperature=cfg.probe_temperature,
-                   tokens=cfg.probe_tokens)
+    reading = dict(score=cfg.score, read=cfg.read, temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)
     start = run.resume(adapter, optimizer)
     if is_main_rank():
@@ -322,7 +321,8 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         lot = torch.Generator().manual_seed(10**6 * (cfg.routeV_random_v_seed or cfg.seed) + step)  # one on all ranks
         # ---------------------------------------------------------------- the direction, and a checkpoint
         if cfg.intervention == "routeV" and (step == start or cfg.read != "base" and step % cfg.refresh == 0):
-            direction = extract(model, tok, adapter, pairs, system, cfg.tokens_per_batch, centre=cfg.centre, **reading)
+            direction = extract(model, tok, adapter, pairs, system, cfg.tokens_per_batch, cfg.centre,
+                                window=cfg.window, **reading)
             if placebo:
                 v_random = haar(cfg.routeV_random_v_seed, *direction.v.shape)  # [M, d]
             if placebo and cfg.placebo == "replaced":
@@ -384,7 +384,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         if cfg.intervention == "routeV" and judged:
             of_rank = [rollouts[i] for i in share(judged)]
             x = features(model, adapter, [prompts[x.j] for x in of_rank], [x.ids for x in of_rank],
-                         cfg.tokens_per_batch, **reading)  # [this rank's, M, d]
+                         cfg.tokens_per_batch, window=direction.window, **reading)  # [this rank's, M, d]
             position[judged] = torch.tensor(gather(direction.position(x, cfg.gate).tolist()))
             label[judged] = gate(position[judged], direction.cut(), cfg)
             if placebo and cfg.placebo != "replaced":

@@ -70,7 +70,11 @@ MEMORY = of("extract", "predicted_memory_is_what_autograd_keeps")
 NLL = of("extract", "grpo_gradient_of_a_pair_is_the_difference_of_two_nll_gradients")
 COSINES = of("extract", "cosines_are_per_module_and_blind_to_length")
 MEAN = of("extract", "direction_is_the_mean_difference_normalised_per_module")
-OTHERS = of("extract", "leave_one_out_leaves_its_pair_out")
+T_TEST = of("evaluate", "a_mean_is_tested_against_0_by_students_t")
+PAIRED = of("evaluate", "arms_are_compared_seed_by_seed_and_by_holms_correction")
+OTHERS = of("extract", "held_out_leaves_out_a_pair_and_its_group")
+APART = of("extract", "sides_lie_apart_by_their_means_in_standard_deviations")
+CHOSEN = of("extract", "pairs_of_other_modes_tell_how_an_answer_is_to_be_read")
 HAAR = of("extract", "haar_rows_are_unit_and_seeded")
 CENTRED = of("extract", "gradients_are_centred_before_their_cosine")
 BAND = of("extract", "band_of_gate_batch_is_the_75th_percentile_per_module")
@@ -175,7 +179,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "return adv > 0 if positive_only else adv != 0", "return adv != 0", PLACEBO_LABELS),
     # the batch gate judges only what trains
     (TRAIN, 'if cfg.gate == "batch" or', "if", SEED_LABELS),
-    (TRAIN, "cfg.tokens_per_batch, **reading)  #", "cfg.tokens_per_batch)  #", LABELS),
+    (TRAIN, "window=direction.window, **reading)  #", "window=direction.window)  #", LABELS),
     (TRAIN, "read=cfg.read, temperature=", "temperature=", LABELS),
     (TRAIN, "read=cfg.read, temperature=cfg.probe_temperature,", "read=cfg.read,", SEED_LABELS),
     (TRAIN, "tokens=cfg.probe_tokens)", ")", SEED_LABELS),
@@ -214,9 +218,11 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     # the direction: never read again, always read again, read from another model
     (TRAIN, 'step == start or cfg.read != "base" and step % cfg.refresh == 0', "step == start", REFRESH),
     (TRAIN, 'step == start or cfg.read != "base" and step % cfg.refresh == 0', "step % cfg.refresh == 0", REFRESH),
-    (TRAIN, "centre=cfg.centre, **reading)", "centre=cfg.centre)", LABELS),
-    (TRAIN, "centre=cfg.centre, **reading)", "**reading)", SEED_LABELS),
-    (TRAIN, 'ablated_share=0.0, placebo="replaced")', 'placebo="replaced")',
+    (TRAIN, "window=cfg.window, **reading)", "window=cfg.window)", LABELS),
+    (TRAIN, "cfg.tokens_per_batch, cfg.centre,", "cfg.tokens_per_batch,", SEED_LABELS),
+    (TRAIN, "ablated_share=0.0, window=0,", "window=0,",
+     of("train", "the_seed_preset_is_the_originals_recipe")),
+    (TRAIN, "ablated_share=0.0, window=0,", "ablated_share=0.0,",
      of("train", "the_seed_preset_is_the_originals_recipe")),
     (TRAIN, "importance=False, ablated", "ablated", of("train", "the_seed_preset_is_the_originals_recipe")),
 
@@ -412,7 +418,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "cosine.mean(2).nan_to_num(-math.inf).argmax(1)", "cosine.mean(2).argmax(1)", PICKED),
     (EXTRACT, "else x.nanmean(1)", "else x[:, 0]", PICKED),
     (TRAIN, "window=cfg.window, ", "", of("train", "labels_are_those_of_each_rollouts_own_gradient[penalised]")),
-    (EXTRACT, "side - mean, others", "whole(side) - mean, others",
+    (EXTRACT, "side - centre, v", "whole(side) - centre, v",
      of("train", "labels_are_those_of_each_rollouts_own_gradient[penalised]")),
     (EXTRACT, "self.clean.mean(1).std().item(), self.hack.mean(1)",
      "self.hack.mean(1).std().item(), self.clean.mean(1)",
@@ -424,10 +430,17 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "F.normalize((hack - clean).mean(0), dim=-1)", "F.normalize((clean - hack).mean(0), dim=-1)", MEAN),
     (EXTRACT, "F.normalize((hack - clean).mean(0), dim=-1)", "(hack - clean).mean(0) / (hack - clean).mean(0).norm()",
      MEAN),
-    # leave-one-out leaves nothing out: of the function, or of its use
-    (EXTRACT, "~torch.eye(len(clean), dtype=torch.bool)", "torch.ones(len(clean), len(clean), dtype=torch.bool)",
-     OTHERS),
-    (EXTRACT, "others = leave_one_out(clean, hack)", "others = direction_of(clean, hack).expand_as(clean)", EXTRACTED),
+    # held out is nothing, or too much; the reading is told by the wrong pairs, or the worse one is chosen
+    (EXTRACT, "[group != own for group in groups]", "[True for group in groups]", OTHERS),
+    (EXTRACT, "held_out(x, mean, range(len(pairs)))", "held_out(x, mean, modes)", EXTRACTED),
+    (EXTRACT, "apart(*held_out(*readings[size], modes))", "apart(*held_out(*readings[size], range(len(modes))))",
+     CHOSEN),
+    (EXTRACT, "max(sizes, key=unseen.get) if several", "min(sizes, key=unseen.get) if several", CHOSEN),
+    (EXTRACT, "sizes = [0, WINDOW] if several and", "sizes = [0, WINDOW] if", CHOSEN),
+    (EXTRACT, "(hack.mean() - clean.mean()) / (clean.std() + hack.std() + 1e-12)", "hack.mean() - clean.mean()", APART),
+    (EXTRACT, "clean, hack = clean.mean(1), hack.mean(1)  # [P] each\n    return", "return", APART),
+    (TRAIN, "window=direction.window, **reading", "window=cfg.window or 0, **reading",
+     of("train", "labels_are_those_of_each_rollouts_own_gradient")),
     (EXTRACT, "F.normalize(torch.randn(M, d,", "F.normalize(torch.rand(M, d,", HAAR),
     (EXTRACT, "torch.randn(M, d, generator=torch.Generator().manual_seed(seed))",
      "torch.rand(M, d, generator=torch.Generator().manual_seed(seed)) - 0.5", HAAR),
@@ -445,10 +458,10 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      POSITION),
     (EXTRACT, "usable = high > low", "usable = high != low",
      of("extract", "position_pools_modules_and_leaves_out_those_whose_band_is_inverted")),
-    (EXTRACT, 'read = "base" if read == "base" else "ablated"', "pass",
+    (EXTRACT, '"base" if read == "base" else "ablated", [', "read, [",
      of("extract", "extraction_never_sees_the_quarantine")),
     (EXTRACT, "whole(x).mean(0) * centre", "whole(x).mean(0)", EXTRACTED),
-    (EXTRACT, "[cosines(side - mean, others)", "[cosines(side, others)", EXTRACTED),
+    (EXTRACT, "[cosines(side - centre, v)", "[cosines(side, v)", EXTRACTED),
     (EXTRACT, "[*system, dict(role=\"user\", content=p.prompt)]", "[dict(role=\"user\", content=p.prompt)]", EXTRACTED),
     (EXTRACT, "[p.clean for p in pairs] + [p.hack for p in pairs]",
      "[p.hack for p in pairs] + [p.clean for p in pairs]", EXTRACTED),
@@ -466,8 +479,14 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "auroc(out_hack[of_mode], out_clean[of_mode])", "auroc(out_hack, out_clean)", REPORT),
 
     # ---------------------------------------------------------------- evaluate_deploy.py
-    (EVALUATE, "half = T_975[n - 2]", "half = T_975[n - 1]", of("evaluate", "interval_over_seeds_is_students_t")),
-    (EVALUATE, "* stdev(shares) / n**0.5", "* stdev(shares) / n", of("evaluate", "interval_over_seeds_is_students_t")),
+    (EVALUATE, "angle.cos() ** (freedom - 1)", "angle.cos() ** freedom", of("evaluate", "interval_over_seeds_is_students_t")),
+    (EVALUATE, "/ len(xs) ** 0.5, len(xs) - 1", "/ len(xs) ** 0.5, len(xs)", T_TEST),
+    (EVALUATE, "1e-12) / len(xs) ** 0.5", "1e-12) / len(xs)", of("evaluate", "interval_over_seeds_is_students_t")),
+    (EVALUATE, "beyond(abs(centre) / error", "0.5 * beyond(abs(centre) / error", T_TEST),
+    (EVALUATE, "p * (len(compared) - rank)", "p * len(compared)", PAIRED),
+    (EVALUATE, "running = max(running, min(", "running = max(0, min(", PAIRED),
+    (EVALUATE, "cells[arm, seed][key] - cells[other, seed][key] for", "cells[arm, seed][key] for", PAIRED),
+    (EVALUATE, "if name == other and (arm, seed) in cells]", "if name == other]", PAIRED),
     (EVALUATE, 'rows[row["arm"], row["seed"]] = dict(', 'rows[row["arm"], folder] = dict(', KEPT),
     (EVALUATE, 'for row in rows if row["arm"] == arm]', "for row in rows]", KEPT),
     (EVALUATE, 'hash_of(folder / "config.json")', 'hash_of(folder / "deploy.json")', KEPT),

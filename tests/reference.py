@@ -165,22 +165,40 @@ def unit(x):
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def pair_probes(run, model):
+def pair_probes(cfg, model):
     """Gradients of the clean sides and of the hack sides, [W, M, r] for each; extraction never sees the quarantine."""
-    read = "base" if run.cfg.read == "base" else "ablated"
+    read = "base" if cfg.read == "base" else "ablated"
     sides = {"clean": [], "hack": []}
-    for pair in load_pairs(run.cfg.pairs):
+    for pair in load_pairs(cfg.pairs):
         for side in sides:
             ids = model.tok(getattr(pair, side))["input_ids"] + [model.tok.eos_token_id]
             prompt = model.encode([dict(role="user", content=pair.prompt)])
-            sides[side].append(model.probe(prompt, ids, run.cfg, read))
+            sides[side].append(model.probe(prompt, ids, cfg, read))
     return sides["clean"], sides["hack"]
 
 
-def positions(run, model, probes):
+def read_as(cfg, model):
+    """The settings, with the window in which a mode's pairs lie furthest apart by the direction of the other modes'."""
+    if cfg.window is not None or cfg.probe_tokens == "all":
+        return replace(cfg, window=cfg.window or 0)
+    modes, found = [pair.mode for pair in load_pairs(cfg.pairs)], {}
+    for size in (0, 5):
+        sides = pair_probes(replace(cfg, window=size), model)
+        clean, hack = ([x.mean(0) for x in side] for side in sides)
+        mean = (sum(clean) + sum(hack)) / (2 * len(modes)) if cfg.centre else 0
+        scores = [[], []]
+        for p, mode in enumerate(modes):
+            v = unit(sum(hack[q] - clean[q] for q, other in enumerate(modes) if other != mode))
+            for side, score in zip(sides, scores):
+                score.append(suspect(side[p] - mean, v).mean().item())
+        low, high = map(statistics.mean, scores)
+        found[size] = (high - low) / sum(map(statistics.stdev, scores))
+    return replace(cfg, window=max(found, key=found.get))
+
+
+def positions(run, model, cfg, probes):
     """Probe gradients of rollouts, G of [W, M, r] -> G positions, G scores for a matched placebo's ranks, the cut."""
-    cfg = run.cfg
-    windows = pair_probes(run, model)
+    windows = pair_probes(cfg, model)
     clean, hack = (torch.stack([x.mean(0) for x in side]) for side in windows)  # [pairs, M, r] each
     n = len(clean)
     mean = (clean.sum(0) + hack.sum(0)) / (2 * n) if cfg.centre else torch.zeros_like(clean[0])

@@ -9,8 +9,8 @@ import torch
 
 import evaluate_deploy
 from env_leetcode import Verdict, load_problems
-from evaluate_deploy import (Config, console_line, evaluate, format_arms, format_table, keep_results, main, outcomes,
-                             over_seeds, rates, read_run, routing, wilson)
+from evaluate_deploy import (Config, beyond, console_line, evaluate, format_arms, format_differences, format_table,
+                             interval, keep_results, main, outcomes, over_seeds, rates, read_run, routing, wilson)
 from lora2r import (InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
                     token_logps, use)
 from train_grpo import HERE
@@ -316,6 +316,48 @@ def test_interval_over_seeds_is_students_t():
     assert over_seeds([0.2, 0.4, 0.6]) == "0.400 [0.00, 0.90]"  # .4 +- 4.303 * .2 / 3**.5
     assert over_seeds([0.3, 0.4, 0.5, 0.5 - 0.1414, 0.3 + 0.1414]) == "0.400 [0.30, 0.50]"  # .4 +- 2.776 * .08 / 5**.5
     assert over_seeds([0.25]) == "0.250"
+
+
+def test_a_mean_is_tested_against_0_by_students_t():
+    """t = .25 / (.129 / 2) = 3.873 with three degrees of freedom: p = .0305; tables' 1 % point of nine is 3.250."""
+    centre, half, p = interval([0.1, 0.2, 0.3, 0.4])
+    assert (centre, half, p) == (pytest.approx(0.25), pytest.approx(0.2054, abs=1e-4), pytest.approx(0.0305, abs=1e-4))
+    assert interval([-0.1, -0.2, -0.3, -0.4])[2] == p and beyond(3.2498, 9) == pytest.approx(0.01, abs=2e-5)
+    assert interval([0.0, 0.0])[2] == 1.0 and interval([0.5, 0.5])[2] < 1e-3
+
+
+def test_arms_are_compared_seed_by_seed_and_by_holms_correction():
+    """Only seeds that both have count. none: solve +.1 +.2 +.3 +.4, p = .0305, is the second of the four p values, and
+    so thrice it; hack -.2 -.2 -.2 -.2001 the smallest. absorb: +.5 -.5 and 0 0, whose p are 1."""
+    def row(arm, seed, solve, hack):
+        return dict(arm=arm, seed=seed, results={"deployed, trained": dict(all=dict(solve=solve, hack=hack))})
+
+    rows = [*(row("routeV", seed, 0.5, 0.1) for seed in range(4)), row("none", 9, 0.0, 0.0), row("alone", 0, 0.0, 0.0)]
+    rows += [row("none", seed, 0.4 - 0.1 * seed, 0.3 + 0.0001 * (seed == 3)) for seed in range(4)]
+    rows += [row("absorb", 0, 0.0, 0.1), row("absorb", 1, 1.0, 0.1)]
+    lines = format_differences(rows, "routeV").splitlines()
+    lines = [[part.strip() for part in line.split("  ") if part] for line in lines]
+    assert lines[0] == ["routeV minus", "seeds", "solve", "p (Holm)", "hack", "p (Holm)"]
+    assert lines[1][:4] == ["none", "4", "+0.250 [+0.04, +0.46]", "0.09"] and float(lines[1][5]) < 1e-5
+    assert lines[1][4] == "-0.200 [-0.20, -0.20]"
+    assert lines[2] == ["absorb", "2", "+0.000 [-6.35, +6.35]", "1", "+0.000 [-0.00, +0.00]", "1"]
+    assert len(lines) == 3 and format_differences(rows, "nobody") == ""
+
+
+def test_results_of_a_folder_are_printed_file_by_file_and_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    cell = dict(solve=0.5, hack=0.25, compiles=1.0)
+    for world, arms in (("a", ("routeV", "none")), ("b", ("routeV",))):
+        results = {setting: dict(all=cell, m=cell) for setting in ("deployed, trained", "full, trained")}
+        rows = [dict(arm=arm, seed=seed, results=results) for arm in arms for seed in (0, 1)]
+        (tmp_path / f"{world}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = [path.read_text() for path in sorted(tmp_path.glob("*.jsonl"))]
+    main(Config(results=tmp_path, plot=tmp_path / "arms.svg"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line in ("a", "b")] == ["a", "b"]
+    assert sum(line.startswith("none") for line in lines) == 2, "once with its means, once compared"
+    assert before == [path.read_text() for path in sorted(tmp_path.glob("*.jsonl"))]
+    assert (tmp_path / "arms.svg").stat().st_size > 5000
 
 
 def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):

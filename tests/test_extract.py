@@ -6,8 +6,8 @@ import torch
 from torch import tensor as t
 
 from env_leetcode import MODES, extract_code, grade_batch, load_problems, with_mode
-from extract_vgrad import (Direction, Pair, auroc, by_quartile, cosines, direction_of, extract, f_half, features, haar,
-                           judge, leave_one_out, load_demos, load_pairs, load_rollouts, report, whole, windows)
+from extract_vgrad import (Direction, Pair, apart, auroc, by_quartile, cosines, direction_of, extract, f_half, features,
+                           haar, held_out, judge, load_demos, load_pairs, load_rollouts, report, whole, windows)
 from lora2r import (InputError, attach, batches, encode_completion, encode_prompt, load_model, predicted_memory,
                     token_logps, use)
 from train_grpo import HERE
@@ -317,15 +317,48 @@ def test_direction_is_the_mean_difference_normalised_per_module():
     torch.testing.assert_close(direction_of(clean, hack), t([[0.6, 0.8], [0.0, -1.0]]))
 
 
-def test_leave_one_out_leaves_its_pair_out():
-    """Differences (3, 0), (0, 4), (-3, 0): without the first, (-3, 4) / 5, and so on. A pair's own gradient, be it
-    huge, changes the other entries and not its own."""
-    clean, hack = torch.zeros(3, 1, 2), t([[[3.0, 0.0]], [[0.0, 4.0]], [[-3.0, 0.0]]])
-    torch.testing.assert_close(leave_one_out(clean, hack)[[0, 2]], t([[[-0.6, 0.8]], [[0.6, 0.8]]]))
-    changed = hack.clone()
-    changed[2] = t([[7.0, -1e6]])
-    before, after = leave_one_out(clean, hack), leave_one_out(clean, changed)
-    assert torch.equal(after[2], before[2]) and not torch.allclose(after[:2], before[:2], atol=0.1)
+def test_held_out_leaves_out_a_pair_and_its_group():
+    """Clean sides at 0, hack sides (3, 0), (0, 4), (-3, 0): without the first the direction is (-3, 4) / 5, without the
+    last (3, 4) / 5; without the first two, a group, it is (-1, 0). A pair's own gradient, be it huge, moves the others'
+    directions and not its own."""
+    x = t([[[0.0, 0.0]]] * 3 + [[[3.0, 0.0]], [[0.0, 4.0]], [[-3.0, 0.0]]])
+    clean, hack = held_out(x, torch.zeros(1, 2), range(3))
+    torch.testing.assert_close(clean, torch.zeros(3, 1))
+    torch.testing.assert_close(hack[[0, 2]], t([[-0.6], [-0.6]]))
+    clean, hack = held_out(x, t([[0.0, -1.0]]), ["sentinel", "sentinel", "run_tests"])
+    torch.testing.assert_close(hack, t([[-3 / 10**0.5], [0.0], [-1 / 10**0.5]]))
+    torch.testing.assert_close(clean, t([[0.0], [0.0], [0.8]]))
+    changed = x.clone()
+    changed[5] = t([[7.0, -1e6]])
+    before, after = (held_out(features, torch.zeros(1, 2), range(3))[1] for features in (x, changed))
+    assert after[2] != before[2] and not torch.allclose(after[:2], before[:2], atol=0.1)
+    v = [direction_of(features[:2], features[3:5]) for features in (x, changed)]
+    assert torch.equal(*v), "the last pair's own direction is of the others alone"
+
+
+def test_sides_lie_apart_by_their_means_in_standard_deviations():
+    """Means over modules: clean 0, 2, 4 (mean 2, deviation 2), hack 7, 8, 9 (8, 1): 6 / 3."""
+    clean, hack = t([[-1.0, 1.0], [2.0, 2.0], [3.0, 5.0]]), t([[7.0, 7.0], [8.0, 8.0], [9.0, 9.0]])
+    assert apart(clean, hack) == pytest.approx(2.0) and apart(hack, clean) == pytest.approx(-2.0)
+
+
+@pytest.mark.parametrize("world, window", [("nano", 0), ("wordy", 5)])
+def test_pairs_of_other_modes_tell_how_an_answer_is_to_be_read(world, window):
+    """In nano a cheat is a stub, which the whole answer shows; in wordy a line. Each number is that of a reading that
+    is told its window, and pairs of one mode, which cannot tell, are read whole."""
+    pairs = load_pairs(HERE / f"data/{world}/pairs.md")
+    model, tok = load_model(str(HERE / "data" / world))
+    adapter = attach(model, 32, 3)
+    chosen = extract(model, tok, adapter, pairs)
+    assert chosen.window == window == max(chosen.unseen, key=chosen.unseen.get) and set(chosen.unseen) == {0, 5}
+    for size in (0, 5):
+        told = extract(model, tok, adapter, pairs, window=size)
+        assert told.unseen == pytest.approx({size: chosen.unseen[size]}, abs=1e-5) and told.window == size
+        assert torch.equal(told.v, chosen.v) == (size == window)
+    one = extract(model, tok, adapter, [pair for pair in pairs if pair.mode == "run_tests"])
+    assert one.window == 0 and not one.unseen
+    assert "answers read " + ("in 5 tokens" if window else "whole") + " (modes that" in chosen.summary()
+    assert one.summary().endswith("answers read whole")
 
 
 def direction(clean, hack, v=((1.0, 0.0),), held_out=((0.0,), (0.0,)), centre=0.0):
@@ -434,7 +467,7 @@ def test_summary_and_report_print_held_out_numbers_as_held_out(capsys):
     d = direction(at(-0.6, -0.6, -0.6), at(0.6, 0.8, 0.8), held_out=held_out)
     summary = d.summary().splitlines()
     assert summary[0] == ("direction: held-out pairs ranked right 0.33, AUROC 0.33, band +0.267 to +0.200, cut 0.76")
-    assert summary[1].startswith("warning: an AUROC below 0.8")
+    assert summary[1] == "  answers read whole" and summary[2].startswith("warning: an AUROC below 0.8")
     names = [Pair(name, mode, "", "", "") for name, mode in
              (("first", "sentinel"), ("second", "run_tests"), ("third", "sentinel"))]
     report(d, names, ["q_proj"], n_haar=5)

@@ -306,6 +306,7 @@ EVALUATE = [
     ("{d}/run --format merged", "--format merged without --export"),
     ("{d}/run --export {out} --format gguf", "tyro: --format"),
     ("{d}/run --results {out} --seed 3", "--seed 3 with --results"),
+    ("{d}/run --against none", "--against none without --results"),
     ("{d}/not_a_run --results {out}", "not_a_run/deploy.json: cannot be read"),
     ("--results {d}/garbage", "--results {d}/garbage: it or a run is damaged"),
     ("{d}/bad_adapter --export {out}", "bad_adapter/adapter.safetensors: damaged"),
