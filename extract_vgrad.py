@@ -242,23 +242,22 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
     """Read the direction and its bands from the pairs, always without the quarantine (read "full" is "ablated" here).
 
     system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every feature
-    before its cosine. window None: read answers whole or in WINDOW tokens, in whichever way the direction of the other
-    modes' pairs holds the sides of a mode's pairs further apart(): what a gate has to recognise is a cheat that no pair
-    shows. Pairs of one mode cannot tell, and are read whole. The others: as features() takes them. Raises InputError if
-    the pairs give no direction at all."""
+    before its cosine. window None: read answers in WINDOW tokens, unless the direction of the other modes' pairs then
+    holds the sides of a mode's pairs less than half as far apart() as if they are read whole, as a gate has to recognise
+    cheats that no pair shows. Pairs of one mode cannot tell, and are read whole. The others: as features() takes them.
+    Raises InputError if the pairs give no direction at all."""
     prompts, sides = encode_pairs(model, tok, pairs, system)
     read, modes = "base" if read == "base" else "ablated", [pair.mode for pair in pairs]
     several = len(set(modes)) > 1
-    sizes = [window]
-    if window is None:
-        sizes = [0, WINDOW] if several and probe.get("tokens") != "all" else [0]
+    choose = window is None and several and probe.get("tokens") != "all"
+    sizes = [0, WINDOW] if choose else [window or 0]
     readings, unseen = {}, {}  # window -> features [2P, M, d] and their mean [M, d]; how far apart() modes lie
     for size in sizes:
         x = features(model, adapter, prompts * 2, sides, budget, score, size, read=read, **probe)
         readings[size] = x, whole(x).mean(0) * centre
         if several:
             unseen[size] = apart(*held_out(*readings[size], modes))
-    window = max(sizes, key=unseen.get) if several else sizes[0]
+    window = WINDOW if choose and unseen[WINDOW] > unseen[0] / 2 else sizes[0]
     x, mean = readings[window]
     v = direction_of(*whole(x).chunk(2))
     if not v.any() or not v.isfinite().all():
@@ -373,7 +372,7 @@ class Config:
     """what is read of an answer: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
     """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer (default:
-    0 or 5, whichever holds apart the sides of each mode's pairs better by the direction of the other modes')"""
+    5, unless the pairs of the other modes then tell a mode's pairs apart less than half as well)"""
     probe_temperature: float = 100.0
     """score gradient: softmax temperature of the NLL; at 1 it is the NLL's own, and sees surprise above all"""
     probe_tokens: Literal["completion", "all"] = "completion"

@@ -74,6 +74,7 @@ T_TEST = of("evaluate", "a_mean_is_tested_against_0_by_students_t")
 PAIRED = of("evaluate", "arms_are_compared_seed_by_seed_and_by_holms_correction")
 OTHERS = of("extract", "held_out_leaves_out_a_pair_and_its_group")
 APART = of("extract", "sides_lie_apart_by_their_means_in_standard_deviations")
+HALF = of("extract", "a_window_is_preferred_unless_it_holds_held_out_modes_less_than_half_as_far_apart")
 CHOSEN = of("extract", "pairs_of_other_modes_tell_how_an_answer_is_to_be_read")
 HAAR = of("extract", "haar_rows_are_unit_and_seeded")
 CENTRED = of("extract", "gradients_are_centred_before_their_cosine")
@@ -435,8 +436,8 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "held_out(x, mean, range(len(pairs)))", "held_out(x, mean, modes)", EXTRACTED),
     (EXTRACT, "apart(*held_out(*readings[size], modes))", "apart(*held_out(*readings[size], range(len(modes))))",
      CHOSEN),
-    (EXTRACT, "max(sizes, key=unseen.get) if several", "min(sizes, key=unseen.get) if several", CHOSEN),
-    (EXTRACT, "sizes = [0, WINDOW] if several and", "sizes = [0, WINDOW] if", CHOSEN),
+    (EXTRACT, "unseen[WINDOW] > unseen[0] / 2", "unseen[WINDOW] > unseen[0]", HALF),
+    (EXTRACT, "if choose and unseen[WINDOW] > unseen[0] / 2", "if choose", CHOSEN),
     (EXTRACT, "(hack.mean() - clean.mean()) / (clean.std() + hack.std() + 1e-12)", "hack.mean() - clean.mean()", APART),
     (EXTRACT, "clean, hack = clean.mean(1), hack.mean(1)  # [P] each\n    return", "return", APART),
     (TRAIN, "window=direction.window, **reading", "window=cfg.window or 0, **reading",
@@ -479,7 +480,8 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "auroc(out_hack[of_mode], out_clean[of_mode])", "auroc(out_hack, out_clean)", REPORT),
 
     # ---------------------------------------------------------------- evaluate_deploy.py
-    (EVALUATE, "angle.cos() ** (freedom - 1)", "angle.cos() ** freedom", of("evaluate", "interval_over_seeds_is_students_t")),
+    (EVALUATE, "angle.cos() ** (freedom - 1)", "angle.cos() ** freedom",
+     of("evaluate", "interval_over_seeds_is_students_t")),
     (EVALUATE, "/ len(xs) ** 0.5, len(xs) - 1", "/ len(xs) ** 0.5, len(xs)", T_TEST),
     (EVALUATE, "1e-12) / len(xs) ** 0.5", "1e-12) / len(xs)", of("evaluate", "interval_over_seeds_is_students_t")),
     (EVALUATE, "beyond(abs(centre) / error", "0.5 * beyond(abs(centre) / error", T_TEST),

@@ -178,7 +178,7 @@ def pair_probes(cfg, model):
 
 
 def read_as(cfg, model):
-    """The settings, with the window in which a mode's pairs lie furthest apart by the direction of the other modes'."""
+    """The settings, with the window that they leave open: 5, unless modes that are held out then lie half as close."""
     if cfg.window is not None or cfg.probe_tokens == "all":
         return replace(cfg, window=cfg.window or 0)
     modes, found = [pair.mode for pair in load_pairs(cfg.pairs)], {}
@@ -193,7 +193,7 @@ def read_as(cfg, model):
                 score.append(suspect(side[p] - mean, v).mean().item())
         low, high = map(statistics.mean, scores)
         found[size] = (high - low) / sum(map(statistics.stdev, scores))
-    return replace(cfg, window=max(found, key=found.get))
+    return replace(cfg, window=0 if 2 * found[5] <= found[0] else 5)
 
 
 def positions(run, model, cfg, probes):

@@ -1,10 +1,12 @@
 """extract_vgrad: pairs, gradients at the c-probe, the GRPO / twin-NLL identity, the direction and its band."""
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import tensor as t
 
+import extract_vgrad
 from env_leetcode import MODES, extract_code, grade_batch, load_problems, with_mode
 from extract_vgrad import (Direction, Pair, apart, auroc, by_quartile, cosines, direction_of, extract, f_half, features,
                            haar, held_out, judge, load_demos, load_pairs, load_rollouts, report, whole, windows)
@@ -350,7 +352,8 @@ def test_pairs_of_other_modes_tell_how_an_answer_is_to_be_read(world, window):
     model, tok = load_model(str(HERE / "data" / world))
     adapter = attach(model, 32, 3)
     chosen = extract(model, tok, adapter, pairs)
-    assert chosen.window == window == max(chosen.unseen, key=chosen.unseen.get) and set(chosen.unseen) == {0, 5}
+    assert chosen.window == window and set(chosen.unseen) == {0, 5}
+    assert window == (0 if chosen.unseen[5] < chosen.unseen[0] / 2 else 5)
     for size in (0, 5):
         told = extract(model, tok, adapter, pairs, window=size)
         assert told.unseen == pytest.approx({size: chosen.unseen[size]}, abs=1e-5) and told.window == size
@@ -359,6 +362,13 @@ def test_pairs_of_other_modes_tell_how_an_answer_is_to_be_read(world, window):
     assert one.window == 0 and not one.unseen
     assert "answers read " + ("in 5 tokens" if window else "whole") + " (modes that" in chosen.summary()
     assert one.summary().endswith("answers read whole")
+
+
+def test_a_window_is_preferred_unless_it_holds_held_out_modes_less_than_half_as_far_apart(nano, monkeypatch):
+    model, tok, adapter = nano
+    for distances, window in (((1.0, 0.51), 5), ((1.0, 0.49), 0)):
+        monkeypatch.setattr(extract_vgrad, "apart", Mock(side_effect=distances))
+        assert extract(model, tok, adapter, PAIRS[::4]).window == window
 
 
 def direction(clean, hack, v=((1.0, 0.0),), held_out=((0.0,), (0.0,)), centre=0.0):
