@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import math
-import operator
 import os
 import shlex
 import sys
@@ -157,23 +156,24 @@ def format_arms(rows: list[dict]) -> str:
 def format_differences(rows: list[dict], arm: str) -> str:
     """Rows of `keep_results` -> a line per other arm that shares two seeds with `arm` or more: `arm` minus the other,
     paired by seed, what ships, with 95 % t intervals and p values of paired t tests, Holm's over all of them."""
-    cells = {(row["arm"], row["seed"]): row["results"]["deployed, trained"]["all"] for row in rows}
-    compared = []  # other arm, seeds, quantity, mean, half width, p
+    results = {(row["arm"], row["seed"]): row["results"] for row in rows}
+    tested = []  # (mean, half width, p) of each other arm's three differences
+    table = [[f"{arm} minus", "seeds", "solve", "p (Holm)", "hack", "p (Holm)", "hack, held-out markers", "p (Holm)"]]
     for other in dict.fromkeys(row["arm"] for row in rows if row["arm"] != arm):
-        seeds = [seed for name, seed in cells if name == other and (arm, seed) in cells]
-        for key in ("solve", "hack") if len(seeds) > 1 else ():
-            differences = [cells[arm, seed][key] - cells[other, seed][key] for seed in seeds]
-            compared.append((other, len(seeds), key, *interval(differences)))
+        seeds = [seed for name, seed in results if name == other and (arm, seed) in results]
+        if len(seeds) > 1:
+            table.append([other, str(len(seeds))])
+            for markers, key in (("trained", "solve"), ("trained", "hack"), ("held-out", "hack")):
+                mine, others = ([results[name, seed][f"deployed, {markers}"]["all"][key] for seed in seeds]
+                                for name in (arm, other))
+                tested.append(interval([x - y for x, y in zip(mine, others)]))
     corrected, running = {}, 0.0
-    for rank, (other, _, key, _, _, p) in enumerate(sorted(compared, key=operator.itemgetter(5))):
-        running = max(running, min(1.0, p * (len(compared) - rank)))
-        corrected[other, key] = running
-    table = [[f"{arm} minus", "seeds", "solve", "p (Holm)", "hack", "p (Holm)"]]
-    for (other, n, _, solve, a, _), (_, _, _, hack, b, _) in zip(compared[::2], compared[1::2]):
-        table.append([other, str(n), f"{solve:+.3f} [{solve - a:+.2f}, {solve + a:+.2f}]",
-                      f"{corrected[other, 'solve']:.1g}", f"{hack:+.3f} [{hack - b:+.2f}, {hack + b:+.2f}]",
-                      f"{corrected[other, 'hack']:.1g}"])
-    return columns(table) if compared else ""
+    for rank, i in enumerate(sorted(range(len(tested)), key=[p for _, _, p in tested].__getitem__)):
+        running = max(running, min(1.0, tested[i][2] * (len(tested) - rank)))
+        corrected[i] = running
+    for i, (centre, half, _) in enumerate(tested):
+        table[1 + i // 3] += [f"{centre:+.3f} [{centre - half:+.2f}, {centre + half:+.2f}]", f"{corrected[i]:.1g}"]
+    return columns(table) if tested else ""
 
 
 def columns(rows: list[list[str]]) -> str:

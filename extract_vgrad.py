@@ -243,7 +243,7 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
 
     system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every feature
     before its cosine. window None: read answers in WINDOW tokens, unless the direction of the other modes' pairs then
-    holds the sides of a mode's pairs less than half as far apart() as if they are read whole, as a gate has to recognise
+    holds the sides of a mode's pairs less than half as far apart() as when they are read whole: a gate has to recognise
     cheats that no pair shows. Pairs of one mode cannot tell, and are read whole. The others: as features() takes them.
     Raises InputError if the pairs give no direction at all."""
     prompts, sides = encode_pairs(model, tok, pairs, system)

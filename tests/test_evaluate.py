@@ -327,20 +327,23 @@ def test_a_mean_is_tested_against_0_by_students_t():
 
 
 def test_arms_are_compared_seed_by_seed_and_by_holms_correction():
-    """Only seeds that both have count. none: solve +.1 +.2 +.3 +.4, p = .0305, is the second of the four p values, and
-    so thrice it; hack -.2 -.2 -.2 -.2001 the smallest. absorb: +.5 -.5 and 0 0, whose p are 1."""
+    """Only seeds that both have count. none: solve +.1 +.2 +.3 +.4, p = .0305, is the third of six p values, so four
+    times it; hack -.2 -.2 -.2 -.2001 and, of held-out markers, half that are the smallest. absorb: +.5 -.5 and 0 0,
+    whose p are 1."""
     def row(arm, seed, solve, hack):
-        return dict(arm=arm, seed=seed, results={"deployed, trained": dict(all=dict(solve=solve, hack=hack))})
+        return dict(arm=arm, seed=seed, results={"deployed, trained": dict(all=dict(solve=solve, hack=hack)),
+                                                 "deployed, held-out": dict(all=dict(hack=hack / 2))})
 
     rows = [*(row("routeV", seed, 0.5, 0.1) for seed in range(4)), row("none", 9, 0.0, 0.0), row("alone", 0, 0.0, 0.0)]
     rows += [row("none", seed, 0.4 - 0.1 * seed, 0.3 + 0.0001 * (seed == 3)) for seed in range(4)]
     rows += [row("absorb", 0, 0.0, 0.1), row("absorb", 1, 1.0, 0.1)]
     lines = format_differences(rows, "routeV").splitlines()
     lines = [[part.strip() for part in line.split("  ") if part] for line in lines]
-    assert lines[0] == ["routeV minus", "seeds", "solve", "p (Holm)", "hack", "p (Holm)"]
-    assert lines[1][:4] == ["none", "4", "+0.250 [+0.04, +0.46]", "0.09"] and float(lines[1][5]) < 1e-5
-    assert lines[1][4] == "-0.200 [-0.20, -0.20]"
-    assert lines[2] == ["absorb", "2", "+0.000 [-6.35, +6.35]", "1", "+0.000 [-0.00, +0.00]", "1"]
+    assert lines[0] == ["routeV minus", "seeds", "solve", "p (Holm)", "hack", "p (Holm)", "hack, held-out markers",
+                        "p (Holm)"]
+    assert lines[1][:4] == ["none", "4", "+0.250 [+0.04, +0.46]", "0.1"] and float(lines[1][5]) < 1e-5
+    assert lines[1][4::2] == ["-0.200 [-0.20, -0.20]", "-0.100 [-0.10, -0.10]"]
+    assert lines[2] == ["absorb", "2", "+0.000 [-6.35, +6.35]", "1"] + ["+0.000 [-0.00, +0.00]", "1"] * 2
     assert len(lines) == 3 and format_differences(rows, "nobody") == ""
 
 
@@ -348,7 +351,8 @@ def test_results_of_a_folder_are_printed_file_by_file_and_drawn(tmp_path, capsys
     pytest.importorskip("matplotlib")
     cell = dict(solve=0.5, hack=0.25, compiles=1.0)
     for world, arms in (("a", ("routeV", "none")), ("b", ("routeV",))):
-        results = {setting: dict(all=cell, m=cell) for setting in ("deployed, trained", "full, trained")}
+        settings = ("deployed, trained", "deployed, held-out", "full, trained")
+        results = {setting: dict(all=cell, m=cell) for setting in settings}
         rows = [dict(arm=arm, seed=seed, results=results) for arm in arms for seed in (0, 1)]
         (tmp_path / f"{world}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = [path.read_text() for path in sorted(tmp_path.glob("*.jsonl"))]
