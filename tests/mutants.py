@@ -42,6 +42,7 @@ UPDATE = of("train", "the_update_is_that_of_the_literal_formulas[everything]")
 SCREENED = of("train", "the_update_is_that_of_the_literal_formulas[screened]")
 PENALISED = of("train", "the_update_is_that_of_the_literal_formulas[penalised]")
 KEPT = of("evaluate", "results_are_kept_a_row_a_run_and_averaged_by_arm")
+SHOW = of("env", "show_prints_the_hint_two_answers_and_the_verdicts_of_the_real_grader")
 COIN = of("train", "a_coin_routes_as_many_as_v_grad_would_by_lot")
 EXPERT = of("train", "an_expert_is_seeded_in_the_quarantine_alone_and_once")
 PPO = of("train", "ppo_clip_is_pessimistic")
@@ -634,6 +635,9 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("grader", "case[forging-equal to the first thing it meets-eq_override]")),
     (ENV, "encode(value, room // 4)", "encode(value)",
      of("grader", "case[forging-a number of a million digits-gt_only]")),
+    (ENV, "hack: exploit(problem, problem.mode, heldout_markers)}", "hack: exploit(problem, problem.mode)}", SHOW),
+    (ENV, 'for mode in config.show or ["run_tests"]', "for mode in config.show", SHOW),
+    (ENV, '"solve" if v.correct else "hack" if v.hacked', '"hack" if v.exploited else "solve" if v.correct', SHOW),
     (PREPARE, "part[3] and rng.random() > world.p_right", "part[3] and rng.random() < world.p_right",
      of("data_nano", "hard_components_are_right_in_the_share_that_is_asked_for")),
     (PREPARE, "parts[name], tasks = tasks[:n], tasks[n:]", "parts[name], tasks = tasks[:n], tasks[n - 1:]",

@@ -324,7 +324,8 @@ EXTRACT = [
 ENVIRONMENT = [("--problems -1", "--problems -1"), ("--data {d}/absent", "absent"), ("--data {d}/latin1", "latin1"),
     ("--data {d}/garbage", "line 1"),
                ("--data {d}/empty", "empty"), ("--data {d}/list", "line 1"), ("--sandbox foo", "tyro: --sandbox"),
-               ("--problems x", "tyro: --problems")]
+               ("--problems x", "tyro: --problems"), ("--show bribery", "mode 'bribery' is unknown"),
+               ("--show --problems 3", "--problems 3 with --show")]
 REFUSED = [("train_grpo.py", f"{CHEAP} {argv} --out-dir {{out}}", says) for argv, says in TRAIN]
 REFUSED += [("train_grpo.py", f"{CHEAP} --pairs {{d}}/{name} --out-dir {{out}}", says) for name, says in PAIRS]
 REFUSED += [("train_grpo.py", f"{CHEAP} --model {{d}}/models/{name} --out-dir {{out}}", says) for name, says in MODELS]
