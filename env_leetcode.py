@@ -526,7 +526,7 @@ class Config:
     heldout_markers: bool = False
     """disclose, and exploit, the held-out marker names"""
     show: tuple[str, ...] | None = None
-    """instead, print the first problem under these modes (default run_tests): an honest answer, a hack, their verdicts"""
+    """instead, print the first problem in these modes (default run_tests), an honest answer, a hack, their verdicts"""
     sandbox: Literal["auto", "require"] = "auto"
     """require: refuse to run unless Landlock and seccomp are in force and the self-check holds"""
 

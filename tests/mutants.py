@@ -42,6 +42,8 @@ UPDATE = of("train", "the_update_is_that_of_the_literal_formulas[everything]")
 SCREENED = of("train", "the_update_is_that_of_the_literal_formulas[screened]")
 PENALISED = of("train", "the_update_is_that_of_the_literal_formulas[penalised]")
 KEPT = of("evaluate", "results_are_kept_a_row_a_run_and_averaged_by_arm")
+CURVES = of("evaluate", "curves_are_drawn_from_the_logs_of_runs_alone")
+REUSED = of("evaluate", "a_figure_samples_nothing_where_a_run_was_evaluated_in_this_way")
 SHOW = of("env", "show_prints_the_hint_two_answers_and_the_verdicts_of_the_real_grader")
 COIN = of("train", "a_coin_routes_as_many_as_v_grad_would_by_lot")
 EXPERT = of("train", "an_expert_is_seeded_in_the_quarantine_alone_and_once")
@@ -467,6 +469,19 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "auroc(out_hack[of_mode], out_clean[of_mode])", "auroc(out_hack, out_clean)", REPORT),
 
     # ---------------------------------------------------------------- evaluate_deploy.py
+    (EVALUATE, '("solve", "hack") for p in ("deployed_", ""))', '("solve", "hack") for p in ("", ""))', CURVES),
+    (EVALUATE, "height = max(y, height + 0.07)", "height = y", CURVES),
+    (EVALUATE, "for row in rows if row[name] is not None):", "for row in rows[-1:] if row[name] is not None):", CURVES),
+    (EVALUATE, "mean(seeds), min(seeds), max(seeds)", "mean(seeds), min(seeds), mean(seeds)",
+     of("evaluate", "a_curve_is_the_mean_and_range_over_the_seeds_that_have_a_step")),
+    (EVALUATE, '.replace("<", "\\\\u003c")', "",
+     of("evaluate", "what_a_model_wrote_is_no_markup_of_the_page_that_shows_it")),
+    (EVALUATE, "node.textContent = text", "node.innerHTML = text",
+     of("evaluate", "what_a_model_wrote_is_no_markup_of_the_page_that_shows_it")),
+    (EVALUATE, 'for key in settings if key != "data")', 'for key in settings if key not in ("data", "step"))', REUSED),
+    (EVALUATE, 'for key in settings if key != "data")', 'for key in ("step", "seed"))', REUSED),
+    (EVALUATE, "if cfg.plot and not cfg.base and (results", "if not cfg.base and (results", REUSED),
+    (EVALUATE, 'config["eval_samples"] * bool(cfg.plot) or 4', "4", REUSED),
     (EVALUATE, "half = T_975[n - 2]", "half = T_975[n - 1]", of("evaluate", "interval_over_seeds_is_students_t")),
     (EVALUATE, "* stdev(shares) / n**0.5", "* stdev(shares) / n", of("evaluate", "interval_over_seeds_is_students_t")),
     (EVALUATE, 'rows[row["arm"], row["seed"]] = dict(', 'rows[row["arm"], folder] = dict(', KEPT),
