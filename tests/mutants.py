@@ -44,6 +44,9 @@ PENALISED = of("train", "the_update_is_that_of_the_literal_formulas[penalised]")
 KEPT = of("evaluate", "results_are_kept_a_row_a_run_and_averaged_by_arm")
 CURVES = of("evaluate", "curves_are_drawn_from_the_logs_of_runs_alone")
 REUSED = of("evaluate", "a_figure_samples_nothing_where_a_run_was_evaluated_in_this_way")
+DRY = of("train", "a_dry_run_says_what_a_run_would_be_and_writes_nothing")
+TIME = of("train", "the_time_of_a_run_is_that_of_its_steps_reads_and_evaluation")
+WANDB = of("train", "wandb_gets_each_step_and_the_evaluation_and_a_resumed_run_goes_on_on_its_own")
 SHOW = of("env", "show_prints_the_hint_two_answers_and_the_verdicts_of_the_real_grader")
 COIN = of("train", "a_coin_routes_as_many_as_v_grad_would_by_lot")
 EXPERT = of("train", "an_expert_is_seeded_in_the_quarantine_alone_and_once")
@@ -263,6 +266,17 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("train", "nan_stops_the_run_names_the_step_and_keeps_the_checkpoint")),
     (TRAIN, "model.train(cfg.checkpointing)", "model.train(False)",
      of("train", "checkpointing_computes_layers_again_and_changes_no_number")),
+    (TRAIN, "        if not cfg.dry_run:\n", "        if True:\n", DRY),
+    (TRAIN, "and is_main_rank() and not cfg.dry_run:", "and is_main_rank():", DRY),
+    (TRAIN, "cfg.steps - start, n_sampled", "cfg.steps, n_sampled", DRY),
+    (TRAIN, '"*" * (getattr(cfg, x.name) !=', '"*" * (getattr(cfg, x.name) ==', DRY),
+    (TRAIN, 'sum(seconds.values()) - seconds["refresh"]', "sum(seconds.values())", TIME),
+    (TRAIN, "2 * n_held_out * cfg.eval_samples", "n_held_out * cfg.eval_samples", TIME),
+    (TRAIN, "1 if cfg.read == \"base\" else math.ceil(steps / cfg.refresh)", "1", TIME),
+    (TRAIN, "id=before[0] if before else None", "id=None", WANDB),
+    (TRAIN, "            trackers.log(dict(deploy=deploy), cfg.steps)\n", "", WANDB),
+    (TRAIN, "if isinstance(value, (int, float))}", "if value is not None}",
+     of("train", "numbers_of_a_row_are_named_by_their_path")),
     (TRAIN, "islice(draws(cfg, len(problems)), start, cfg.steps)",
      "islice(draws(cfg, len(problems)), cfg.steps - start)", RESUME),
     (TRAIN, "        dist.all_reduce(flat)\n", "", RANKS),

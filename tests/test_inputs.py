@@ -386,6 +386,13 @@ def test_a_hub_name_without_a_network_is_refused_at_once(server, d):
     assert time.time() - begin < 15
 
 
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(server, d, tmp_path, name):
+    argv = [*(a.format(d=d) for a in TINY), "--out-dir", tmp_path / "run", f"--{name}"]
+    refused(server("train_grpo.py", *argv, without=name), f"--{name}: {name} is not installed; pip install {name}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_plot_without_matplotlib_is_refused_before_sampling(server, d):
     before = tree(d)
     refused(server("evaluate_deploy.py", d / "run", "--plot", d / "x.png", without="matplotlib"),
@@ -453,7 +460,7 @@ def test_an_arm_is_named_by_what_differs():
     from train_grpo import arm_of, check, parse_args
     names = {
         "": "routeV", "--intervention none": "none", "--routeV-random-v-seed 3 --seed 2": "placebo",
-        "--steps 3 --device cpu": "routeV",
+        "--steps 3 --device cpu": "routeV", "--dry-run": "routeV",
         "--intervention none --reward gt --mix-ratio 0": "none-mix-ratio-0.0-reward-gt",
         "--no-positive-only": "routeV-no-positive-only",
         "--cut-hack .1": "routeV-cut-hack-0.1", "--preset seed": "routeV-seed",
