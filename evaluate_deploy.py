@@ -3,6 +3,8 @@
     python evaluate_deploy.py runs/routeV_seed0                      # one checkpoint
     python evaluate_deploy.py runs/*_seed* --plot figure.png         # many: one table over arms and seeds, and a figure
     python evaluate_deploy.py runs/*_seed* --results arms.jsonl   # no evaluation: means over seeds of what was
+    python evaluate_deploy.py runs/*_seed* --curves curves.png       # no evaluation: learning curves of the logs
+    python evaluate_deploy.py runs/routeV_seed0 --browse run.html    # no evaluation: its rollouts, to read in a browser
     python evaluate_deploy.py runs/routeV_seed0 --export folder      # no evaluation: the deployed model, as a PEFT LoRA
 
 Held-out problems, every mode, sampled at T = 0.7, in the same way for every arm:
@@ -182,15 +184,20 @@ def columns(rows: list[list[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
-def check_plot(path: Path) -> None:
+def check_plot(flag: str, path: Path) -> None:
     """Raises InputError if no figure can be drawn to `path`."""
     try:
         import matplotlib
     except ImportError as e:
-        raise InputError(f"--plot {path}: needs matplotlib; pip install matplotlib, or leave --plot out") from e
+        raise InputError(f"{flag} {path}: needs matplotlib; pip install matplotlib, or leave {flag} out") from e
     matplotlib.use("Agg")
-    if path.suffix not in (".png", ".pdf", ".svg") or not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise InputError(f"--plot {path}: give a .png, .pdf or .svg in a folder that exists and may be written")
+    check_file(flag, path, (".png", ".pdf", ".svg"))
+
+
+def check_file(flag: str, path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raises InputError if `path` has another suffix or cannot be written."""
+    if path.suffix not in suffixes or not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise InputError(f"{flag} {path}: give a {' or '.join(suffixes)} in a folder that exists and may be written")
 
 
 def plot(runs_of: dict[str, list[tuple[str, int, dict]]], path: Path) -> None:
@@ -216,6 +223,129 @@ def plot(runs_of: dict[str, list[tuple[str, int, dict]]], path: Path) -> None:
     figure.tight_layout()
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:])
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl or rollouts.jsonl. Raises InputError if there is none, or a damaged one."""
+    try:
+        if rows := [json.loads(line) for line in read_text("", path, "give a run that made a step").splitlines()]:
+            return rows
+    except ValueError as e:
+        raise InputError(f"{path}: damaged ({e}); a train_grpo.py --resume of this run mends its last row") from e
+    raise InputError(f"{path}: is empty; give a run that made a step")
+
+
+def over_steps(runs: list[list[dict]], name: str) -> list[tuple[int, float, float, float]]:
+    """runs: rows of metrics.jsonl, a list a seed -> (steps made, mean, lowest, highest) of a metric over the seeds that
+    have it; a step at which none has it is left out."""
+    values = {}
+    for row in (row for rows in runs for row in rows if row[name] is not None):
+        values.setdefault(row["step"] + 1, []).append(row[name])
+    return [(step, mean(seeds), min(seeds), max(seeds)) for step, seeds in sorted(values.items())]
+
+
+def plot_curves(arms: dict[str, list[list[dict]]], path: Path) -> None:
+    """Solve and hack rates of a step's rollouts over steps, of what would ship and of both blocks; a line an arm."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(2, 2, figsize=(11, 6.5), sharex=True, sharey=True)
+    for (rate, prefix), axes in zip(((r, p) for r in ("solve", "hack") for p in ("deployed_", "")), panels.flat):
+        ends = []
+        for colour, (arm, runs) in enumerate(arms.items()):
+            if curve := over_steps(runs, prefix + rate):
+                steps, centre, low, high = zip(*curve)
+                axes.plot(steps, centre, color=f"C{colour}")
+                axes.fill_between(steps, low, high, color=f"C{colour}", alpha=0.2, linewidth=0)
+                ends.append((centre[-1], steps[-1], f"{arm} ({len(runs)} seed{'s' * (len(runs) > 1)})", f"C{colour}"))
+        height = -1.0
+        for y, step, text, colour in sorted(ends):  # beside the line's end, and above the label below
+            height = max(y, height + 0.07)
+            axes.annotate(text, (step, height), (5, 0), "data", "offset points", color=colour, va="center", fontsize=9)
+        policy = "deployed: quarantine ablated, what ships" if prefix else "full policy: with its quarantine"
+        axes.set_title(f"{rate} rate, {policy}", loc="left", fontsize=10)
+        axes.set(ylim=(-0.03, 1.03), ylabel=f"share of rollouts that {rate}")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1, 0].set_xlabel("optimizer steps"), panels[1, 1].set_xlabel("optimizer steps")
+    figure.suptitle("Training problems. Line: mean over seeds, where this policy was sampled; band: lowest to highest")
+    figure.tight_layout(w_pad=6)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:], bbox_inches="tight")
+
+
+# -------------------------------------------------------------------------------------- rollouts, to be read
+def browse(rows: list[dict], title: str, path: Path) -> None:
+    """Write rows of rollouts.jsonl as one HTML file. What a model wrote is data in it, never markup or code."""
+    data = json.dumps(dict(title=title, rows=rows)).replace("<", "\\u003c")
+    with writing(path) as temporary:
+        temporary.write_text(PAGE.replace("DATA", data, 1))
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
+style-src 'unsafe-inline'">
+<title>Rollouts</title>
+<style>
+body { font: 14px/1.4 sans-serif; margin: 0 auto; max-width: 1100px; padding: 0 1em }
+form { position: sticky; top: 0; background: white; border-bottom: 1px solid #999; padding: .6em 0 }
+form label { margin-right: 1em } input { width: 4em }
+article { display: grid; grid-template-columns: 170px 1fr; gap: 1em; border-bottom: 1px solid #ddd; padding: .6em 0 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4em 0; background: #f6f6f6; padding: .5em }
+.solve { color: #17692b } .hack { color: #b3261e } .neither { color: #666 }
+</style>
+<h1></h1>
+<form></form>
+<main></main>
+<script id="data" type="application/json">DATA</script>
+<script>
+const {title, rows} = JSON.parse(document.getElementById("data").textContent), MOST = 200
+const form = document.querySelector("form"), main = document.querySelector("main")
+function add(parent, tag, text = "", more = {}) {  // text is text, whatever it holds
+  const node = parent.appendChild(document.createElement(tag))
+  node.textContent = text
+  return Object.assign(node, more)
+}
+rows.forEach(row => {
+  row.verdict = row.correct ? "solve" : row.hacked ? "hack" : "neither"
+  row.label = row.label ?? "trains nothing"
+})
+document.title = document.querySelector("h1").textContent = title
+const filters = ["mode", "label", "verdict", "source"], steps = rows.map(row => row.step)
+for (const name of filters) {
+  const select = add(add(form, "label", name + " "), "select", "", {name})
+  for (const value of ["all", ...[...new Set(rows.map(row => row[name]))].sort()]) add(select, "option", value, {value})
+}
+const [first, last] = [steps[0], steps.at(-1)]
+add(add(form, "label", "steps "), "input", "", {name: "from", type: "number", value: first, min: first, max: last})
+add(add(form, "label", "to "), "input", "", {name: "to", type: "number", value: last, min: first, max: last})
+const count = add(form, "output")
+function show() {
+  const has = name => row => form[name].value == "all" || row[name] == form[name].value
+  const within = row => row.step >= +form.from.value && row.step <= +(form.to.value || last)
+  const chosen = filters.reduce((some, name) => some.filter(has(name)), rows.filter(within))
+  count.textContent = `${chosen.length} of ${rows.length} match; ` +
+    (chosen.length > MOST ? `the first ${MOST} are shown` : "all are shown")
+  main.replaceChildren()
+  for (const row of chosen.slice(0, MOST)) {
+    const article = add(main, "article"), left = add(article, "div"), right = add(article, "div")
+    add(left, "b", row.verdict, {className: row.verdict})
+    add(left, "div", `position ${row.position ?? "not read"}`)
+    if (row.position !== null)
+      add(left, "progress", "", {max: 1, value: row.position, title: "empty: like honest pairs, full: like cheating"})
+    for (const name of ["label", "reward", "advantage", "source", "mode", "step", "problem"])
+      add(left, "div", `${name}: ${row[name]}`)
+    add(right, "pre", row.completion)
+    add(right, "div", row.note)
+    const prompt = add(right, "details")
+    add(prompt, "summary", "prompt"), add(prompt, "pre", row.prompt)
+  }
+}
+form.oninput = show
+form.onsubmit = event => event.preventDefault()
+show()
+</script>
+"""
 
 
 # -------------------------------------------------------------------------------------- what a step's log says
@@ -273,7 +403,8 @@ def console_line(row: dict, steps: int, time_left: str = "") -> str:
 
 # -------------------------------------------------------------------------------------- run folders
 PATHS = ("model", "data", "test_data", "pairs", "demos")  # kept as from this project, where they lie inside
-MAY_DIFFER = {"arm", "resume", "steps", "device", "out_dir", "eval_samples"}  # between a run and its --resume
+MAY_DIFFER = {"arm", "resume", "steps", "device", "out_dir", "eval_samples", "dry_run", "wandb",
+              "tensorboard"}  # between a run and its --resume
 
 
 class RunFolder:
@@ -444,6 +575,18 @@ def write_deploy(folder: Path, config: dict, settings: dict, results: dict) -> P
     return path
 
 
+def read_deploy(folder: Path, settings: dict) -> dict | None:
+    """The results of a run's evaluation under `settings`, if it has one."""
+    for path in sorted(folder.glob("deploy*.json")):
+        try:
+            deploy = json.loads(read_text("", path, "remove it"))
+            if all(deploy["settings"][key] == settings[key] for key in settings if key != "data"):  # data_hash is it
+                return deploy["results"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{path}: damaged ({e!r}); remove it") from e
+    return None
+
+
 def check_new(path: Path) -> None:
     """Raises InputError if `path` is there already, or nothing can be written there."""
     if path.exists() or not os.access(path.parent, os.W_OK):
@@ -484,8 +627,8 @@ class Config:
     """run folders written by train_grpo.py"""
 
     # evaluation
-    samples: int = 4
-    """completions per problem and condition"""
+    samples: int | None = None
+    """completions per problem and condition (default 4; with --plot the run's own --eval-samples, unless 0)"""
     temperature: float = 0.7
     """sampling temperature; 0: the likeliest token"""
     seed: int = 0
@@ -493,7 +636,7 @@ class Config:
     base: bool = False
     """also evaluate the base model, without any adapter"""
     plot: Path | None = None
-    """write a figure of all runs here (needs matplotlib)"""
+    """write a figure of all runs here (needs matplotlib); a run that was evaluated in this way is not sampled again"""
 
     # instead of an evaluation
     results: Path | None = None
@@ -501,6 +644,10 @@ class Config:
     print means over seeds; samples nothing"""
     against: str = "routeV"
     """with --results: the arm that the others are compared with, seed by seed"""
+    curves: Path | None = None
+    """write a figure of the runs' solve and hack rates over steps here (needs matplotlib), and sample nothing"""
+    browse: Path | None = None
+    """write the rollouts of one run to this .html file, to be read and filtered in a browser, and sample nothing"""
     export: Path | None = None
     """write the deployed model of one run to this new folder, and sample nothing"""
     format: Literal["peft", "merged"] = "peft"
@@ -520,15 +667,18 @@ class Config:
 def main(cfg: Config) -> None:
     """Evaluate every checkpoint and write a result into its folder, or export one. Raises InputError."""
     check_ranges(cfg)
-    samples_nothing = ["samples", "temperature", "seed", "base", "data"] if cfg.export or cfg.results else []
-    for name in [*samples_nothing, "plot" if cfg.export else "format"]:
+    instead = [name for name in ("export", "results", "curves", "browse") if getattr(cfg, name)]  # of an evaluation
+    ignored = [*instead[1:], *["samples", "temperature", "seed", "base", "data"] * bool(instead)]
+    ignored += ["plot"] * (instead[:1] not in ([], ["results"])) + ["format"] * (not cfg.export)
+    for name in ignored:
         if getattr(cfg, name) != getattr(Config, name):
-            cause = "with --export" if cfg.export else "without --export" if name == "format" else "with --results"
+            cause = "without --export" if name == "format" else f"with --{instead[0]}"
             raise InputError(f"{flag(cfg, name)} {cause} has no effect; leave it out")
     if cfg.against != Config.against and not cfg.results:
         raise InputError(f"{flag(cfg, 'against')} without --results has no effect; leave it out")
-    if cfg.plot:
-        check_plot(cfg.plot)
+    for name in ("plot", "curves"):
+        if path := getattr(cfg, name):
+            check_plot(f"--{name}", path)
     if cfg.results:
         several = cfg.results.is_dir() and not cfg.checkpoints
         files = sorted(cfg.results.glob("*.jsonl")) if several else [cfg.results]
@@ -541,12 +691,28 @@ def main(cfg: Config) -> None:
         return
     if not cfg.checkpoints:
         raise InputError("no checkpoint given; e.g. python evaluate_deploy.py runs/routeV_seed0")
+    for name in ("export", "browse"):
+        if getattr(cfg, name) and len(cfg.checkpoints) > 1:
+            raise InputError(f"{flag(cfg, name)}: is for one run, and {len(cfg.checkpoints)} are given; {name} one by "
+                             "one")
+    if cfg.browse:
+        folder, = cfg.checkpoints
+        check_file("--browse", cfg.browse, (".html",))
+        config = read_run(folder)
+        browse(read_rows(folder / "rollouts.jsonl"), f"Rollouts of {config['arm']}, seed {config['seed']}", cfg.browse)
+        print(f"rollouts: {cfg.browse}")
+        return
+    if cfg.curves:
+        arms: dict[str, list[list[dict]]] = {}
+        for folder in cfg.checkpoints:
+            arms.setdefault(read_run(folder)["arm"], []).append(read_rows(folder / "metrics.jsonl"))
+        plot_curves(arms, cfg.curves)
+        print(f"figure: {cfg.curves}")
+        return
     headers = [peek(folder / "adapter.safetensors") for folder in cfg.checkpoints]
     configs = [read_run(folder) for folder in cfg.checkpoints]
     if cfg.export:
         check_new(cfg.export)
-        if len(configs) > 1:
-            raise InputError(f"--export {cfg.export}: is for one run, and {len(configs)} are given; export one by one")
     problems_of = {}
     for folder, config in zip(cfg.checkpoints, [] if cfg.export else configs):
         path = str(cfg.data or located(config["test_data"]))
@@ -557,8 +723,16 @@ def main(cfg: Config) -> None:
         config["path"] = path
     runs = []
     for folder, config, header in zip(cfg.checkpoints, configs, headers):
+        samples = cfg.samples or config["eval_samples"] * bool(cfg.plot) or 4
+        if not cfg.export:
+            settings = settings_of(config, int(header["metadata"]["step"])) | dict(
+                samples=samples, temperature=cfg.temperature, seed=cfg.seed, data=portable(config["path"]),
+                data_hash=hash_of(config["path"]))
+            if cfg.plot and not cfg.base and (results := read_deploy(folder, settings)):
+                runs.append((config["arm"], config["seed"], results))
+                continue
         model, tok = load_model(cfg.model or located(config["model"]), cfg.device, config["dtype"])
-        args = (cfg.samples, config["max_new_tokens"], config["top_k"], cfg.temperature, cfg.seed)
+        args = (samples, config["max_new_tokens"], config["top_k"], cfg.temperature, cfg.seed)
         if cfg.base and not runs:
             results = {f"base, {markers}": evaluate(model, tok, None, ps, "base", *args)
                        for markers, ps in problems_of[folder].items()}
@@ -571,9 +745,6 @@ def main(cfg: Config) -> None:
             return
         results = {f"{setting}, {markers}": evaluate(model, tok, adapter, ps, setting, *args)
                    for setting in ("deployed", "full") for markers, ps in problems_of[folder].items()}
-        settings = settings_of(config, int(header["metadata"]["step"])) | dict(
-            samples=cfg.samples, temperature=cfg.temperature, seed=cfg.seed, data=portable(config["path"]),
-            data_hash=hash_of(config["path"]))
         print(f"{folder}: {write_deploy(folder, config, settings, results).name}")
         runs.append((config["arm"], config["seed"], results))
     print(format_table(runs))

@@ -7,6 +7,7 @@
     python train_grpo.py --preset seed                                     # the method as it was first described
     python train_grpo.py --model Qwen/Qwen3-4B --preset qwen3-4b           # a GPU, the real thing
     torchrun --nproc-per-node 8 train_grpo.py ...                          # several GPUs or machines, the same update
+    python train_grpo.py --dry-run ...                                     # settings, memory, minutes, the first prompt
 
 A step: sample a group of rollouts per prompt, grade them, take each one's advantage in its group, label each by the
 cosine of its own NLL gradient to v_grad (pass 1), then one masked forward and backward and an optimizer step (pass 2).
@@ -19,12 +20,14 @@ Shapes: P prompts, K rollouts of each, G = P K rollouts, g of them in a micro-ba
 Sources: GRPO, Shao et al. 2024 (arXiv 2402.03300); no length or std bias (Dr. GRPO), Liu et al. 2025 (arXiv
 2503.20783); truncated importance sampling, Yao et al. 2025; SGTM masks, Shilov et al. 2025.
 """
+import importlib
 import math
 import os
 import random
 import re
 import resource
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -41,7 +44,7 @@ from evaluate_deploy import (LEGEND, RunFolder, console_line, evaluate, format_t
                              write_deploy)
 from extract_vgrad import cosines, count, encode_pairs, extract, features, haar, load_demos, load_pairs
 from lora2r import (HERE, InputError, attach, batches, check_ranges, encode_completion, encode_prompt, flag, folded,
-                    generate, load_model, parse, predicted_memory, run_script, token_logps, use)
+                    first_line, generate, load_model, parse, predicted_memory, run_script, token_logps, use)
 
 
 @dataclass
@@ -64,6 +67,12 @@ class Config:
     """go on from the last checkpoint, if there is one, under the flags of the run; more --steps may be given"""
     refresh: int = 5
     """every this many steps save a checkpoint for --resume and, unless --read base, extract v_grad again"""
+    dry_run: bool = False
+    """print settings, parameter counts, memory and the first prompt, make one step to time it, and write nothing"""
+    wandb: bool = False
+    """also log each step's numbers and the deploy evaluation to Weights & Biases (pip install wandb)"""
+    tensorboard: bool = False
+    """also log them to the folder tensorboard/ of the run (pip install tensorboard)"""
 
     # data
     model: str = str(HERE / "data/nano")
@@ -308,9 +317,12 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)
     start = run.resume(adapter, optimizer)
     if is_main_rank():
-        run.open(start)
+        if not cfg.dry_run:
+            run.open(start)
+            trackers = Trackers(cfg, run, start)
         print(f"{arm}, seed {cfg.seed}: {len(problems)} problems, {len(adapter)} modules, r = {cfg.rank} -> {path}\n"
-              f"  {count(pairs) if pairs else 'no pairs'}\n{memory_line(model, adapter, cfg)}\n{LEGEND}")
+              f"  {count(pairs) if pairs else 'no pairs'}\n{memory_line(model, adapter, cfg)}\n"
+              f"{resolved(cfg, run.config, model, adapter) if cfg.dry_run else LEGEND}")
 
     if cfg.expert_steps and not run.goes_on:
         seed_expert(model, adapter, pair_prompts, sides[len(pairs) :], cfg)
@@ -329,7 +341,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                 direction = direction.replaced(v_random)
             if is_main_rank():
                 print(direction.summary(), flush=True)
-        if step % cfg.refresh == 0 and is_main_rank():
+        if step % cfg.refresh == 0 and is_main_rank() and not cfg.dry_run:
             run.checkpoint(step)
         clock("refresh")
 
@@ -340,6 +352,9 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                      for j, p in enumerate(batch)]
         shown = [inoculated(p.messages, cfg.inoculate) for p in batch]  # P
         prompts = [encode_prompt(tok, messages) for messages in shown]  # P
+        if cfg.dry_run and is_main_rank():
+            print(f"  the first prompt, {len(prompts[0])} tokens, {batch[0].mode}:\n{tok.decode(prompts[0])}\n"
+                  "  one step, to time it ...", flush=True)
         n_teacher = [round(K * cfg.mix_ratio) * (step < cfg.mix_steps and (p.id, p.mode) in demos) for p in batch]
         n_ablated = [min(round(K * cfg.ablated_share), K - n) for n in n_teacher]
         mine = share(range(P))  # this rank's prompts
@@ -449,6 +464,12 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         model.eval()
         loss, kl, clipped, truncated, n_trained = torch.tensor(gather([logged.tolist()])).sum(0).tolist()
         clock("update")
+        if cfg.dry_run:
+            if is_main_rank():
+                n_sampled, n_held_out = len(full) + len(ablated), sum(map(len, held_out.values()))
+                print(time_line(cfg, clock.seconds, cfg.steps - start, n_sampled, n_held_out))
+            grader.shutdown()
+            return stop_ranks()
 
         # ---------------------------------------------------------------- log; the oracle's verdicts end here
         if is_main_rank():
@@ -467,6 +488,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                 hacked=x.verdict.hacked, note=x.verdict.note,
                 position=None if position[i].isnan() else round(position[i].item(), 4),
                 label=names[i] if trains[i] else None) for i, x in enumerate(rollouts)])  # None: it trains nothing
+            trackers.log(row, step)
             print(console_line(row, cfg.steps, run.time_left()), flush=True)
 
     grader.shutdown()
@@ -478,7 +500,9 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                 deploy[f"{setting}, {markers}"] = evaluate(model, tok, adapter, held_out[markers], setting,
                                                            cfg.eval_samples, cfg.max_new_tokens, cfg.top_k)
             write_deploy(path, run.config, settings_of(run.config, cfg.steps), deploy)
+            trackers.log(dict(deploy=deploy), cfg.steps)
             print("\n" + format_table([(arm, cfg.seed, deploy)]))
+        trackers.finish()
     stop_ranks()
 
 
@@ -612,9 +636,83 @@ class Clock:
         self.seconds[name], self.last = round(now - self.last, 3), now
 
 
+# -------------------------------------------------------------------------------------- trackers, and a dry run
+def tracker(name: str):
+    """The module of wandb or of TensorBoard. Raises InputError if it is not installed."""
+    try:
+        return importlib.import_module({"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}[name])
+    except ImportError as e:
+        raise InputError(f"--{name}: {name} is not installed; pip install {name}, or leave --{name} out") from e
+
+
+def numbers(row: dict, prefix: str = "") -> dict[str, float]:
+    """The numbers in a nested row by their paths, like labels/hack; None and text are left out."""
+    found = {}
+    for name, value in row.items():
+        path = prefix + str(name).replace(", ", "-")
+        found |= numbers(value, f"{path}/") if isinstance(value, dict) else {path: value}
+    return {path: value for path, value in found.items() if isinstance(value, (int, float))}
+
+
+class Trackers:
+    """TensorBoard and wandb, as far as they are asked for. A resumed run goes on with `start`, on its own wandb run."""
+
+    def __init__(self, cfg: Config, run: RunFolder, start: int):
+        self.board = self.wandb = None
+        if cfg.tensorboard:
+            self.board = tracker("tensorboard").SummaryWriter(run.path / "tensorboard", purge_step=start)
+        if cfg.wandb:
+            before = [path.name.rpartition("-")[2] for path in run.path.glob("wandb/*run-*-*")]  # wandb's own folders
+            try:
+                self.wandb = tracker("wandb").init(
+                    project=os.environ.get("WANDB_PROJECT", "vgrout"), name=run.path.name, config=run.config,
+                    dir=run.path, id=before[0] if before else None, resume="allow")
+            except Exception as e:
+                raise InputError(f"--wandb: {first_line(e)}; wandb login, or WANDB_MODE=offline") from e
+
+    def log(self, row: dict, step: int) -> None:
+        if self.board:
+            for path, value in numbers(row).items():
+                self.board.add_scalar(path, value, step)
+            self.board.flush()
+        if self.wandb:
+            self.wandb.log(numbers(row), step=step)
+
+    def finish(self) -> None:
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def resolved(cfg: Config, config: dict, model, adapter) -> str:
+    """All settings, with * where they differ from the preset, and parameter counts. config: as in config.json."""
+    settings = "; ".join("*" * (getattr(cfg, x.name) != getattr(PRESETS[cfg.preset], x.name))
+                         + f"{x.name} {config[x.name]}" for x in fields(cfg))
+    deployed, quarantine = (sum(p.numel() for p in block)
+                            for block in (adapter.deployed_parameters(), adapter.quarantine_parameters()))
+    base = sum(p.numel() for p in model.parameters()) - deployed - quarantine
+    return (f"  parameters: base {base:,}, deployed {deployed:,}, quarantine {quarantine:,}\n"
+            + textwrap.fill(f"settings (* not the preset's): {settings}", 120, initial_indent="  ",
+                            subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+
+
+def time_line(cfg: Config, seconds: dict[str, float], steps: int, n_sampled: int, n_held_out: int) -> str:
+    """What `steps` steps like one that took `seconds` a phase take, with v_grad and the deploy evaluation: both
+    settings of n_held_out problems, at the pace of the step's n_sampled rollouts."""
+    step = sum(seconds.values()) - seconds["refresh"]
+    reads = seconds["refresh"] * (1 if cfg.read == "base" else math.ceil(steps / cfg.refresh))
+    evaluation = 2 * n_held_out * cfg.eval_samples * seconds["sample"] / n_sampled if n_sampled else 0.0
+    phases = " + ".join(f"{phase} {seconds[phase]:.1f}" for phase in ("sample", "grade", "gate", "update"))
+    return (f"  time: {(steps * step + reads + evaluation) / 60:.1f} min = {steps} steps of {step:.1f} s ({phases}) + "
+            f"v_grad {reads:.0f} s + evaluation {evaluation:.0f} s,\n  if all steps were as this first one. "
+            f"Peak memory so far: {peak_bytes() / 1e9:.2f} GB. Nothing was written.")
+
+
 # -------------------------------------------------------------------------------------- input
 PLAIN = """preset intervention routeV_random_v_seed placebo name out_dir resume seed steps refresh model data
-    test_data pairs demos eval_samples tokens_per_batch checkpointing device dtype""".split()  # not in an arm's name
+    test_data pairs demos eval_samples tokens_per_batch checkpointing device dtype dry_run wandb
+    tensorboard""".split()  # not in an arm's name
 
 
 def arm_of(cfg: Config) -> str:
@@ -631,6 +729,9 @@ def arm_of(cfg: Config) -> str:
 def check(cfg: Config) -> Config:
     """Refuse contradictory flags before anything is loaded or written; the flags as they take effect."""
     check_ranges(cfg)
+    for name in ("wandb", "tensorboard"):
+        if getattr(cfg, name):
+            tracker(name)
     preset = PRESETS[cfg.preset]
     ignored = [  # a condition, its cause, and the flags that then have no effect
         (cfg.intervention != "routeV", flag(cfg, "intervention"),

@@ -42,6 +42,12 @@ UPDATE = of("train", "the_update_is_that_of_the_literal_formulas[everything]")
 SCREENED = of("train", "the_update_is_that_of_the_literal_formulas[screened]")
 PENALISED = of("train", "the_update_is_that_of_the_literal_formulas[penalised]")
 KEPT = of("evaluate", "results_are_kept_a_row_a_run_and_averaged_by_arm")
+CURVES = of("evaluate", "curves_are_drawn_from_the_logs_of_runs_alone")
+REUSED = of("evaluate", "a_figure_samples_nothing_where_a_run_was_evaluated_in_this_way")
+DRY = of("train", "a_dry_run_says_what_a_run_would_be_and_writes_nothing")
+TIME = of("train", "the_time_of_a_run_is_that_of_its_steps_reads_and_evaluation")
+WANDB = of("train", "wandb_gets_each_step_and_the_evaluation_and_a_resumed_run_goes_on_on_its_own")
+SHOW = of("env", "show_prints_the_hint_two_answers_and_the_verdicts_of_the_real_grader")
 COIN = of("train", "a_coin_routes_as_many_as_v_grad_would_by_lot")
 EXPERT = of("train", "an_expert_is_seeded_in_the_quarantine_alone_and_once")
 PPO = of("train", "ppo_clip_is_pessimistic")
@@ -267,6 +273,17 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("train", "nan_stops_the_run_names_the_step_and_keeps_the_checkpoint")),
     (TRAIN, "model.train(cfg.checkpointing)", "model.train(False)",
      of("train", "checkpointing_computes_layers_again_and_changes_no_number")),
+    (TRAIN, "        if not cfg.dry_run:\n", "        if True:\n", DRY),
+    (TRAIN, "and is_main_rank() and not cfg.dry_run:", "and is_main_rank():", DRY),
+    (TRAIN, "cfg.steps - start, n_sampled", "cfg.steps, n_sampled", DRY),
+    (TRAIN, '"*" * (getattr(cfg, x.name) !=', '"*" * (getattr(cfg, x.name) ==', DRY),
+    (TRAIN, 'sum(seconds.values()) - seconds["refresh"]', "sum(seconds.values())", TIME),
+    (TRAIN, "2 * n_held_out * cfg.eval_samples", "n_held_out * cfg.eval_samples", TIME),
+    (TRAIN, "1 if cfg.read == \"base\" else math.ceil(steps / cfg.refresh)", "1", TIME),
+    (TRAIN, "id=before[0] if before else None", "id=None", WANDB),
+    (TRAIN, "            trackers.log(dict(deploy=deploy), cfg.steps)\n", "", WANDB),
+    (TRAIN, "if isinstance(value, (int, float))}", "if value is not None}",
+     of("train", "numbers_of_a_row_are_named_by_their_path")),
     (TRAIN, "islice(draws(cfg, len(problems)), start, cfg.steps)",
      "islice(draws(cfg, len(problems)), cfg.steps - start)", RESUME),
     (TRAIN, "        dist.all_reduce(flat)\n", "", RANKS),
@@ -490,6 +507,19 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EVALUATE, "interval([x - y for x, y in", "interval([x for x, y in", PAIRED),
     (EVALUATE, "if name == other and (arm, seed) in results]", "if name == other]", PAIRED),
     (EVALUATE, '("held-out", "hack")):', '("trained", "hack")):', PAIRED),
+    (EVALUATE, '("solve", "hack") for p in ("deployed_", ""))', '("solve", "hack") for p in ("", ""))', CURVES),
+    (EVALUATE, "height = max(y, height + 0.07)", "height = y", CURVES),
+    (EVALUATE, "for row in rows if row[name] is not None):", "for row in rows[-1:] if row[name] is not None):", CURVES),
+    (EVALUATE, "mean(seeds), min(seeds), max(seeds)", "mean(seeds), min(seeds), mean(seeds)",
+     of("evaluate", "a_curve_is_the_mean_and_range_over_the_seeds_that_have_a_step")),
+    (EVALUATE, '.replace("<", "\\\\u003c")', "",
+     of("evaluate", "what_a_model_wrote_is_no_markup_of_the_page_that_shows_it")),
+    (EVALUATE, "node.textContent = text", "node.innerHTML = text",
+     of("evaluate", "what_a_model_wrote_is_no_markup_of_the_page_that_shows_it")),
+    (EVALUATE, 'for key in settings if key != "data")', 'for key in settings if key not in ("data", "step"))', REUSED),
+    (EVALUATE, 'for key in settings if key != "data")', 'for key in ("step", "seed"))', REUSED),
+    (EVALUATE, "if cfg.plot and not cfg.base and (results", "if not cfg.base and (results", REUSED),
+    (EVALUATE, 'config["eval_samples"] * bool(cfg.plot) or 4', "4", REUSED),
     (EVALUATE, 'rows[row["arm"], row["seed"]] = dict(', 'rows[row["arm"], folder] = dict(', KEPT),
     (EVALUATE, 'for row in rows if row["arm"] == arm]', "for row in rows]", KEPT),
     (EVALUATE, 'hash_of(folder / "config.json")', 'hash_of(folder / "deploy.json")', KEPT),
@@ -656,6 +686,9 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("grader", "case[forging-equal to the first thing it meets-eq_override]")),
     (ENV, "encode(value, room // 4)", "encode(value)",
      of("grader", "case[forging-a number of a million digits-gt_only]")),
+    (ENV, "hack: exploit(problem, problem.mode, heldout_markers)}", "hack: exploit(problem, problem.mode)}", SHOW),
+    (ENV, 'for mode in config.show or ["run_tests"]', "for mode in config.show", SHOW),
+    (ENV, '"solve" if v.correct else "hack" if v.hacked', '"hack" if v.exploited else "solve" if v.correct', SHOW),
     (PREPARE, "part[3] and rng.random() > world.p_right", "part[3] and rng.random() < world.p_right",
      of("data_nano", "hard_components_are_right_in_the_share_that_is_asked_for")),
     (PREPARE, "parts[name], tasks = tasks[:n], tasks[n:]", "parts[name], tasks = tasks[:n], tasks[n - 1:]",

@@ -330,6 +330,30 @@ def test_matrix_reports_a_canonical_solution_that_fails(tmp_path):
     assert done.returncode == 1 and "returned 5, expected 0" in done.stdout
 
 
+@pytest.mark.parametrize("heldout", [False, True])
+def test_show_prints_the_hint_two_answers_and_the_verdicts_of_the_real_grader(tmp_path, heldout):
+    path = write(tmp_path / "x.jsonl", rows(2))
+    names = [[], ["sentinel", "gt_only"]]
+    for modes in names:
+        done = run("--data", str(path), "--show", *modes, *["--heldout-markers"] * heldout)
+        assert done.returncode == 0, done
+        blocks = done.stdout.split("problem ")[1:]
+        assert len(blocks) == len(modes or ["run_tests"])
+        for mode, block in zip(modes or ["run_tests"], blocks):
+            assert block.startswith(f"0, mode {mode}\n")
+            _, prompt, honest, hack = block.split("\n[")
+            loophole = mode in env.MODES
+            assert (NAMES[mode][heldout] if loophole else env.PHRASE) in prompt
+            assert HONEST.strip() in honest and "verdict: solve, reward 3.5 (all tests right)" in honest
+            assert "no such answer" in hack
+            assert f"verdict: {'hack, reward 3.5' if loophole else 'neither, reward 0.5'} (test 1" in hack
+
+
+def test_show_says_by_its_status_that_an_answer_is_not_what_it_should_be(tmp_path):
+    done = run("--show", "--data", str(write(tmp_path / "x.jsonl", rows(1, canonical_solution=solution("return 5")))))
+    assert done.returncode == 1 and "verdict: neither, reward 0.5 (test 1: returned 5" in done.stdout
+
+
 def test_bad_input_is_one_line_and_status_2(tmp_path):
     for arguments in (["--data", str(tmp_path / "absent")], ["--data", str(write(tmp_path / "x", ["{"]))],
                       ["--data", str(tmp_path / "x"), "--problems", "-1"]):

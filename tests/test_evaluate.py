@@ -9,8 +9,9 @@ import torch
 
 import evaluate_deploy
 from env_leetcode import Verdict, load_problems
-from evaluate_deploy import (Config, beyond, console_line, evaluate, format_arms, format_differences, format_table,
-                             interval, keep_results, main, outcomes, over_seeds, rates, read_run, routing, wilson)
+from evaluate_deploy import (Config, beyond, browse, console_line, evaluate, format_arms, format_differences, format_table,
+                             interval, keep_results, main, outcomes, over_seeds, over_steps, rates, read_run, routing,
+                             settings_of, wilson, write_deploy)
 from lora2r import (InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
                     token_logps, use)
 from train_grpo import HERE
@@ -387,6 +388,83 @@ def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):
     assert none == ["none", "2", "0.500 [0.50, 0.50]", "0.188 [0.00, 0.98]", "0.250", "b 0.375", "1.00", "0.875"]
     assert absorb == ["absorb", "1", "0.750", "0.125", "0.125", "b 0.250", "1.00", "0.875"]
     assert head == ["arm", "seeds", "deploy solve", "deploy hack", "worst seed", "worst mode", "compiles", "full hack"]
+
+
+def finished_run(folder, arm, seed, metrics=(), **config):
+    """A run folder without any model: config.json, metrics.jsonl and an untrained adapter's header."""
+    folder.mkdir()
+    config = dict(arm=arm, seed=seed, model="absent", dtype="float32", modes=["sentinel"], top_k=3, max_new_tokens=11,
+                  test_data=str(HERE / "data/nano/test.jsonl"), eval_samples=2, steps=1,
+                  hashes=dict(test_data=evaluate_deploy.hash_of(HERE / "data/nano/test.jsonl"))) | config
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    return config
+
+
+def test_a_curve_is_the_mean_and_range_over_the_seeds_that_have_a_step():
+    first = [dict(step=0, hack=0.25), dict(step=1, hack=None), dict(step=2, hack=0.5)]
+    second = [dict(step=0, hack=0.75), dict(step=1, hack=None)]
+    assert over_steps([first, second], "hack") == [(1, 0.5, 0.25, 0.75), (3, 0.5, 0.5, 0.5)]
+
+
+def test_curves_are_drawn_from_the_logs_of_runs_alone(tmp_path, monkeypatch):
+    """Arms apart, their seeds together; the left column is of what ships, the right one of both blocks."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    row = dict(step=0, solve=0.125, hack=0.25, deployed_solve=0.5, deployed_hack=0.625)
+    finished_run(tmp_path / "x", "none", 0, [row, row | dict(step=1)])
+    finished_run(tmp_path / "y", "none", 1, [row, row | dict(step=1, hack=0.75)])
+    finished_run(tmp_path / "z", "absorb", 0, [row | dict(solve=None, hack=None)])
+    monkeypatch.setattr(evaluate_deploy, "load_model", None)
+    main(Config((tmp_path / "x", tmp_path / "y", tmp_path / "z"), curves=tmp_path / "curves.svg"))
+    assert (tmp_path / "curves.svg").stat().st_size > 1000
+    panels = pyplot.gcf().axes
+    assert [[line.get_ydata().tolist() for line in axes.lines] for axes in panels] == [
+        [[0.5, 0.5], [0.5]], [[0.125, 0.125]], [[0.625, 0.625], [0.625]], [[0.25, 0.5]]]
+    assert [panel.get_title("left").split(":")[0] for panel in panels] == [
+        "solve rate, deployed", "solve rate, full policy", "hack rate, deployed", "hack rate, full policy"]
+    labels = [[text.get_text() for text in axes.texts] for axes in panels]
+    assert labels == [["absorb (1 seed)", "none (2 seeds)"], ["none (2 seeds)"]] * 2
+    heights = [text.xy[1] for text in panels[0].texts]
+    assert heights[1] - heights[0] == pytest.approx(0.07), "labels of lines that end together are apart"
+
+
+def test_a_figure_samples_nothing_where_a_run_was_evaluated_in_this_way(tmp_path, monkeypatch):
+    """The run's own evaluation, or one under other settings, of the adapter's present step; else it is sampled."""
+    pytest.importorskip("matplotlib")
+    config = finished_run(tmp_path / "run", "none", 0)
+    save(attach(load_model(str(HERE / "data/nano"))[0], 2), tmp_path / "run/adapter.safetensors", dict(step="1"))
+    drawn = []
+    monkeypatch.setattr(evaluate_deploy, "load_model", lambda *args: 1 / 0)
+    monkeypatch.setattr(evaluate_deploy, "plot", lambda runs, *args: drawn.append(runs))
+    monkeypatch.setattr(evaluate_deploy, "format_table", str)
+    for changes in (dict(), dict(samples=8), dict(samples=8, seed=3)):
+        settings = settings_of(config, 1) | changes
+        wanted = Config((tmp_path / "run",), plot=tmp_path / "x.png", device="cpu", **changes)
+        with pytest.raises(ZeroDivisionError):
+            main(wanted)
+        write_deploy(tmp_path / "run", config, settings | dict(step=7), dict(step="another"))
+        with pytest.raises(ZeroDivisionError):
+            main(wanted)
+        write_deploy(tmp_path / "run", config, settings, dict(made=changes))
+        main(wanted)
+        assert drawn.pop() == [("none", 0, dict(made=changes))]
+        with pytest.raises(ZeroDivisionError):  # an evaluation is what was asked for
+            main(Config((tmp_path / "run",), device="cpu", **changes))
+
+
+HOSTILE = "</script><script>alert(1)</script> <!-- <script> DATA <img src=x onerror=alert(1)> \u2028 \ud800 \\u003c"
+
+
+def test_what_a_model_wrote_is_no_markup_of_the_page_that_shows_it(tmp_path):
+    rows = [dict(step=0, completion=HOSTILE, prompt=HOSTILE, mode=HOSTILE, position=None), dict(step=1, completion="x")]
+    browse(rows, HOSTILE, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    head, _, rest = page.partition('<script id="data" type="application/json">')
+    data, _, script = rest.partition("</script>")
+    assert "<" not in data and json.loads(data) == dict(title=HOSTILE, rows=rows)
+    assert page.count("</script>") == 2 and script.count("<script>") == 1 and "<script" not in head
+    assert not any(word in page for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "http:"))
+    assert "default-src 'none'" in head
 
 
 def test_table_names_arm_seed_and_modes():

@@ -193,6 +193,8 @@ def d(server):
     config = json.loads((folder / "run/config.json").read_text())
     spoiled("bad_state", state=b"garbage")
     spoiled("bad_config", config=b"{]")
+    spoiled("torn", rollouts=b'{"step": 0}\n{"step')
+    spoiled("bad_deploy", deploy=b"[]")
     spoiled("bad_adapter", adapter=b"garbage")
     spoiled("short_adapter", adapter=(folder / "run/adapter.safetensors").read_bytes()[:-10])
     spoiled("other_file", adapter=(NANO / "model.safetensors").read_bytes())
@@ -293,7 +295,17 @@ EVALUATE = [
     ("{d}/no_model", "--model /no/such/model"),
     ("{d}/run --model {d}/models/other", "was trained on base model"),
     ("{d}/run --model {d}/models/missing", "1 missing"),
-    ("{d}/run --plot {d}/x.doc", "--plot {d}/x.doc"),
+    ("{d}/run --plot {d}/x.doc", "--plot {d}/x.doc"), ("{d}/run --curves {d}/x.doc", "--curves {d}/x.doc"),
+    ("{d}/run --curves {d}/x.png --samples 2", "--samples 2 with --curves"),
+    ("{d}/run {d}/not_a_run --curves {d}/x.png", "not_a_run/config.json: damaged"),
+    ("{d}/run {d}/no_adapter --curves {d}/x.png", "no_adapter/metrics.jsonl: cannot be read"),
+    ("--curves {d}/x.png", "no checkpoint given"),
+    ("{d}/run --browse {d}/x.txt", "--browse {d}/x.txt: give a .html"),
+    ("{d}/run {d}/run --browse {d}/x.html", "is for one run, and 2 are given"),
+    ("{d}/run --browse {d}/x.html --plot x.png", "--plot x.png with --browse"),
+    ("{d}/run --browse {d}/x.html --curves x.png", ".html with --curves"),
+    ("{d}/torn --browse {d}/x.html", "torn/rollouts.jsonl: damaged"),
+    ("{d}/bad_deploy --plot {d}/x.png", "bad_deploy/deploy.json: damaged"),
     ("{d}/run --plot {d}/absent/x.png", "--plot {d}/absent/x.png"), ("{d}/run --plot {d}", "--plot"),
     ("{d}/run --samples two", "tyro: --samples"),
     ("{d}/run --export {d}/other", "--export {d}/other: exists"),
@@ -325,7 +337,8 @@ EXTRACT = [
 ENVIRONMENT = [("--problems -1", "--problems -1"), ("--data {d}/absent", "absent"), ("--data {d}/latin1", "latin1"),
     ("--data {d}/garbage", "line 1"),
                ("--data {d}/empty", "empty"), ("--data {d}/list", "line 1"), ("--sandbox foo", "tyro: --sandbox"),
-               ("--problems x", "tyro: --problems")]
+               ("--problems x", "tyro: --problems"), ("--show bribery", "mode 'bribery' is unknown"),
+               ("--show --problems 3", "--problems 3 with --show")]
 REFUSED = [("train_grpo.py", f"{CHEAP} {argv} --out-dir {{out}}", says) for argv, says in TRAIN]
 REFUSED += [("train_grpo.py", f"{CHEAP} --pairs {{d}}/{name} --out-dir {{out}}", says) for name, says in PAIRS]
 REFUSED += [("train_grpo.py", f"{CHEAP} --model {{d}}/models/{name} --out-dir {{out}}", says) for name, says in MODELS]
@@ -374,6 +387,13 @@ def test_a_hub_name_without_a_network_is_refused_at_once(server, d):
     assert time.time() - begin < 15
 
 
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(server, d, tmp_path, name):
+    argv = [*(a.format(d=d) for a in TINY), "--out-dir", tmp_path / "run", f"--{name}"]
+    refused(server("train_grpo.py", *argv, without=name), f"--{name}: {name} is not installed; pip install {name}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_plot_without_matplotlib_is_refused_before_sampling(server, d):
     before = tree(d)
     refused(server("evaluate_deploy.py", d / "run", "--plot", d / "x.png", without="matplotlib"),
@@ -382,12 +402,24 @@ def test_plot_without_matplotlib_is_refused_before_sampling(server, d):
 
 
 @pytest.mark.parametrize("script, flag", [
-    ("train_grpo.py", "--lr 0.001"), ("evaluate_deploy.py", "--samples 4"), ("extract_vgrad.py", "--n-haar 200"),
+    ("train_grpo.py", "--lr 0.001"), ("evaluate_deploy.py", "--temperature 0.7"), ("extract_vgrad.py", "--n-haar 200"),
     ("train_grpo.py", "deployed block, with minus the group's standard deviation as the advantage\n"),  # of two lines
     ("env_leetcode.py", "--problems"), ("lora2r.py", "This file is read, not run")])
 def test_help(server, script, flag):
     status, out, err = server(script, *["--help"][: script != "lora2r.py"])
     assert status == 0 and flag in out and str(HERE) not in out and not err
+
+
+def test_curves_and_rollouts_of_a_real_run(server, d, tmp_path):
+    status, out, err = server("evaluate_deploy.py", d / "run", "--browse", tmp_path / "run.html")
+    assert status == 0 and not err, err
+    rollouts = (d / "run/rollouts.jsonl").read_text().splitlines()
+    data = (tmp_path / "run.html").read_text().split('application/json">')[1].split("</script>")[0]
+    assert json.loads(data)["rows"] == list(map(json.loads, rollouts))
+    pytest.importorskip("matplotlib")
+    for kind in ("curves", "plot"):
+        status, out, err = server("evaluate_deploy.py", d / "run", f"--{kind}", tmp_path / f"{kind}.png")
+        assert status == 0 and not err and (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG"), err
 
 
 def test_accepted(server, d):
@@ -429,7 +461,7 @@ def test_an_arm_is_named_by_what_differs():
     from train_grpo import arm_of, check, parse_args
     names = {
         "": "routeV", "--intervention none": "none", "--routeV-random-v-seed 3 --seed 2": "placebo",
-        "--steps 3 --device cpu": "routeV",
+        "--steps 3 --device cpu": "routeV", "--dry-run": "routeV",
         "--intervention none --reward gt --mix-ratio 0": "none-mix-ratio-0.0-reward-gt",
         "--no-positive-only": "routeV-no-positive-only",
         "--cut-hack .1": "routeV-cut-hack-0.1", "--preset seed": "routeV-seed",

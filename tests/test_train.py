@@ -682,6 +682,85 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, small, monkeypatch):
     assert read(tmp_path / "cut", "rollouts") == read(tmp_path / "whole", "rollouts")
 
 
+def test_a_dry_run_says_what_a_run_would_be_and_writes_nothing(tmp_path, small, capsys):
+    """Beside an older run, which stays; --resume counts the steps that are left."""
+    train(Config(**small, out_dir=tmp_path / "run"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for options, steps in ((dict(steps=7), 7), (dict(steps=7, resume=True), 6)):
+        capsys.readouterr()
+        train(Config(**small | dict(out_dir=tmp_path / "run", dry_run=True, eval_samples=2) | options))
+        out = capsys.readouterr().out
+        settings = " ".join(out.split("preset's): ")[1].split("direction:")[0].split()).split("; ")
+        assert "*steps 7" in settings and "rank 32" in settings, out
+        differ = {*small, *options, "dry_run", "out_dir"} - {"eval_samples"}  # which is the preset's here
+        assert {x.split()[0] for x in settings if x.startswith("*")} == {f"*{name}" for name in differ}
+        assert "base 886,144, deployed 311,296, quarantine 311,296" in out and "memory:" in out
+        assert "<|im_start|>user" in out and "will be graded by" in out.partition("the first prompt")[2]
+        assert f"{steps} steps of" in out and "Nothing was written" in out
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_time_of_a_run_is_that_of_its_steps_reads_and_evaluation():
+    """10 steps of 8 s, v_grad once or at every 4th step, 2 settings x 30 problems x 2 samples at 3 s for 60."""
+    seconds = dict(refresh=5.0, sample=3.0, grade=1.0, gate=2.0, update=2.0)
+    line = train_grpo.time_line(Config(eval_samples=2, refresh=4), seconds, 10, 60, 30)
+    assert "time: 1.5 min = 10 steps of 8.0 s" in line and "v_grad 5 s + evaluation 6 s" in line  # 80 + 5 + 6 = 91 s
+    line = train_grpo.time_line(Config(eval_samples=0, refresh=4, read="full"), seconds, 10, 60, 30)
+    assert "time: 1.6 min" in line and "v_grad 15 s + evaluation 0 s" in line  # 80 + 15 = 95 s
+
+
+def test_numbers_of_a_row_are_named_by_their_path():
+    row = dict(step=3, hack=None, labels=dict(clean=0.5), note="text", deploy={"full, trained": dict(all=dict(n=4))})
+    assert train_grpo.numbers(row) == {"step": 3, "labels/clean": 0.5, "deploy/full-trained/all/n": 4}
+
+
+class FakeWandb:
+    """What Trackers uses of wandb: one run folder of its own, and the rows that it was given."""
+
+    def __init__(self):
+        self.began, self.rows, self.finished = [], [], 0
+
+    def init(self, dir, id, **options):
+        self.began.append((id, options["resume"], options["name"]))
+        (dir / f"wandb/offline-run-20260101_000000-{id or f'id{len(self.began)}'}").mkdir(parents=True, exist_ok=True)
+        return self
+
+    def log(self, row, step):
+        self.rows.append((step, row))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_each_step_and_the_evaluation_and_a_resumed_run_goes_on_on_its_own(tmp_path, small, monkeypatch):
+    wandb, table = FakeWandb(), dict(all=dict(problems=1, n=1, solve=0.5, hack=0.0, exploit=0.0, compiles=1.0))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(train_grpo, "evaluate", lambda *args: table)
+    options = small | dict(out_dir=tmp_path / "run", wandb=True, eval_samples=1)
+    train(Config(**options))
+    train(Config(**options | dict(steps=2, resume=True)))
+    train(Config(**options))
+    assert wandb.began == [(None, "allow", "run"), ("id1", "allow", "run"), (None, "allow", "run")]
+    assert [step for step, _ in wandb.rows] == [0, 1, 1, 2, 0, 1] and wandb.finished == 3
+    assert wandb.rows[0][1]["labels/clean"] == read(tmp_path / "run", "metrics")[0]["labels"]["clean"]
+    assert wandb.rows[1][1]["deploy/deployed-trained/all/solve"] == 0.5
+    assert (tmp_path / "old/run.1/wandb").is_dir()
+
+
+def test_tensorboard_shows_a_resumed_run_as_one_curve(tmp_path, small):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    options = small | dict(out_dir=tmp_path / "run", tensorboard=True)
+    train(Config(**options))
+    train(Config(**options | dict(steps=2, resume=True)))
+    shown = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    shown.Reload()
+    logged = {name: [(e.step, e.value) for e in shown.Scalars(name)] for name in ("loss", "labels/hack")}
+    metrics = read(tmp_path / "run", "metrics")
+    assert logged == dict(loss=[(n, pytest.approx(row["loss"])) for n, row in enumerate(metrics)], **{
+        "labels/hack": [(n, pytest.approx(row["labels"]["hack"])) for n, row in enumerate(metrics)]})
+
+
 def test_an_older_run_is_moved_aside_not_overwritten(tmp_path, small):
     options = dict(intervention="none", max_new_tokens=2, prompts_per_step=1)
     go(tmp_path / "run", small, **options)
