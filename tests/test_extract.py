@@ -572,6 +572,7 @@ def test_readers_are_compared_by_mode_beside_an_oracle_of_other_problems(capsys)
     best = oracle(x, hack, ~hack, [r["id"] for r in rows], folds=5)
     assert (best[hack] > best[~hack]).tolist() == [True] * 4 + [False], "problem 9 has taught its own fold nothing"
     assert oracle(x[:2], hack[:2], ~hack[:2], [1, 1]).isnan().all(), "no other problem"
+    assert not oracle(x[:4], hack[:4], ~hack[:4], [1, 1, 2, 2], folds=2).isnan().any(), "each fold has both sides"
     d = direction([[[-1.0, 0]]] * 2, [[[1.0, 0]]] * 2, held_out=(((0.0,), (0.0,)), ((1.0,), (1.0,))))
     compare({"gradient": d}, {"gradient": x}, rows, n_haar=3)
     head, right, *lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
