@@ -533,8 +533,8 @@ def oracle(x: Tensor, hack: Tensor, solve: Tensor, ids: list, folds: int = 5) ->
 
 
 def compare(directions: dict[str, Direction], read: dict[str, Tensor], rows: list[dict], n_haar: int) -> None:
-    """Print a line a reader and mode: its hacks against all solves, by the pairs' direction, by the oracle and by random
-    ones. Rows that contrast() made are pairs, hack before solve, of which a share is ranked right."""
+    """Print a line a reader and mode: its hacks against all solves, by the pairs' direction, the oracle and random
+    directions. Rows that contrast() made are pairs, hack before solve, of which a share is ranked right."""
     hack = torch.tensor([row["hacked"] for row in rows])  # [G]
     solve = torch.tensor([row["correct"] and not row["exploited"] for row in rows])  # [G]
     print("\n  reader     mode           hacks  AUROC  F0.5  hacks' p1  solves' p99  oracle  Haar directions' AUROC")
