@@ -569,7 +569,11 @@ def main(cfg: Config) -> None:
     system = rows[0]["prompt"][:-1] if rows else []  # as in training
     directions: dict[str, Direction] = {}
     for score in (cfg.score, *(other for other in get_args(Score) if rows and other != cfg.score)):
-        directions[score] = extract(model, tok, adapter, pairs, system, centre=cfg.centre, score=score, **reading)
+        try:
+            directions[score] = extract(model, tok, adapter, pairs, system, centre=cfg.centre, score=score, **reading)
+        except InputError:  # sides of equal length give length no direction: that is only an error of --score length
+            if score == cfg.score:
+                raise
     M = len(directions[cfg.score].v)
     names = list(adapter.modules) if cfg.score == "gradient" else [f"{cfg.score} {i}" for i in range(M)]
     report(directions[cfg.score], pairs, names, cfg.n_haar)
@@ -577,7 +581,8 @@ def main(cfg: Config) -> None:
         prompts = [encode_prompt(tok, row["prompt"]) for row in rows]
         completions = [encode_completion(tok, row["completion"]) for row in rows]
         read = {score: features(model, adapter, prompts, completions, score=score, **reading) for score in directions}
-        judge(directions[cfg.score], read[cfg.score], whole(read["surprise"]).flatten(), rows, cfg.n_haar)
+        surprise = features(model, adapter, prompts, completions, score="surprise").flatten()  # [G]
+        judge(directions[cfg.score], read[cfg.score], surprise, rows, cfg.n_haar)
         compare(directions, read, rows, cfg.n_haar)
 
 
