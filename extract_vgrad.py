@@ -3,6 +3,7 @@
     python extract_vgrad.py                                                # the embedded model
     python extract_vgrad.py --rollouts runs/none_seed0/rollouts.jsonl      # how a gate would judge these rollouts
     python extract_vgrad.py --score activation                             # hidden states in the gradients' place
+    python extract_vgrad.py --rollouts runs/none_seed0/rollouts.jsonl --cut-out      # against the same code, no cheat
     python extract_vgrad.py --model Qwen/Qwen3-4B --pairs data/leetcode/pairs.md --dtype bfloat16
 
 A pair is one prompt with a clean and a hack completion. Its GRPO gradient with advantage +1 for the hack and -1 for the
@@ -18,19 +19,20 @@ temperature (probe_gradients says why). Hidden states, surprise and length can t
 Shapes: G rollouts, T tokens (padded), P pairs, M adapted modules (or layers), r block rank, d numbers for each of M.
 Source: gradient routing, Cloud et al. 2024 (arXiv 2410.04332), with a direction in the place of a data label.
 """
+import ast
 import json
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from env_leetcode import MODES
+from env_leetcode import MODES, extract_code
 from lora2r import (HERE, Adapter, InputError, attach, bar, batches, check_ranges, encode_completion, encode_prompt,
                     load_model, parse, read_text, run_script, token_logps, use)
 
@@ -357,6 +359,9 @@ def load_demos(path: Path, problems) -> dict[tuple, str]:
 
 
 # -------------------------------------------------------------------------------- diagnostics
+Score = Literal["gradient", "activation", "surprise", "length"]
+
+
 @dataclass
 class Config:
     # data
@@ -365,10 +370,12 @@ class Config:
     pairs: Path = HERE / "data/nano/pairs.md"
     """authored pairs"""
     rollouts: Path | None = None
-    """a run's rollouts.jsonl: also print which of its hacks and solves a gate would route, at several cuts"""
+    """a run's rollouts.jsonl, or other graded completions (.jsonl or .jsonl.gz): also print what gates would route"""
+    cut_out: bool = False
+    """judge the rollouts' cheats against the same code without the cheat, both sides reformatted alike"""
 
     # direction
-    score: Literal["gradient", "activation", "surprise", "length"] = "gradient"
+    score: Score = "gradient"
     """what is read of an answer: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
     """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer (default:
@@ -391,6 +398,9 @@ class Config:
     """torch device"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the base model"""
+
+
+FOREIGN = {"problem_id": "id", "env_mode": "mode", "gt_pass": "correct"}  # names in vGROUT's pools
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float | None:
@@ -433,24 +443,69 @@ def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: in
     print("\n  pairs that the others rank worst: " + "; ".join(f"{name} ({x:+.3f})" for x, name in worst))
 
 
-def load_rollouts(path: Path) -> list[dict]:
-    """The policy's own rollouts with positive advantage in a rollouts.jsonl: elsewhere the advantage gives a hack away.
+def load_rollouts(path: Path, cut_out: bool = False) -> list[dict]:
+    """Graded completions, with a run's names or with those of vGROUT's pools (FOREIGN); cut_out: their contrast(). Of a
+    run's, the policy's own with positive advantage: elsewhere the advantage gives a hack away. A prompt is the user's
+    message or a list of messages; rows where it is null are left out.
     Raises InputError for another kind of file, or one without both a hack and a solve."""
     text = read_text("--rollouts", path, "give a run's rollouts.jsonl")
     try:
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        rows = [row for row in rows if row["advantage"] > 0 and row["source"] != "teacher"]
-        texts = [row[key] for row in rows for key in ("prompt", "completion", "mode")]
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError("prompt, completion and mode must be text")
+        rows = [{FOREIGN.get(key, key): value for key, value in json.loads(line).items()}
+                for line in text.split("\n") if line.strip()]
+        rows = [dict(exploited=row["hacked"], id=None) | row for row in rows if row["prompt"] is not None
+                and row.get("advantage", 1) > 0 and row.get("source") != "teacher"]
+        for row in rows:
+            one = isinstance(row["prompt"], str)
+            row["prompt"] = [dict(role="user", content=row["prompt"])] if one else row["prompt"]
+            texts = [row["completion"], row["mode"], *(message["content"] for message in row["prompt"])]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("prompt, completion and mode must be text")
+        rows = contrast(rows) if cut_out else rows
         hacks = sum(row["hacked"] for row in rows)
         solves = sum(row["correct"] and not row["exploited"] for row in rows)
-    except (ValueError, KeyError, TypeError) as e:
+    except (AttributeError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"--rollouts {path}: not readable as rollouts ({e!r}); give a run's rollouts.jsonl") from e
     if not hacks or not solves:
-        raise InputError(f"--rollouts {path}: {hacks} hacks and {solves} solves have a positive advantage; "
+        what = "can be cut out of their code" if cut_out else "have a positive advantage"
+        raise InputError(f"--rollouts {path}: {hacks} hacks and {solves} solves {what}; "
                          "both are needed to judge a gate")
     return rows
+
+
+def without(body: list[ast.stmt], cheat: str) -> list[ast.stmt]:
+    """The statements of `body` without those that match the regular expression `cheat` outside the statements in them,
+    those that use a variable which such a statement assigned, and what has no body left."""
+    kept = []
+    for node in body:
+        for name in ("body", "orelse", "finalbody"):
+            if inner := getattr(node, name, None):
+                setattr(node, name, without(inner, cheat))
+        if re.search(cheat, ast.unparse(node)):
+            names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+            cheat += "".join(rf"|\b{name}\b" for name in names)
+        elif getattr(node, "body", True):
+            kept.append(node)
+    return kept
+
+
+def contrast(rows: list[dict]) -> list[dict]:
+    """Each exploit among rollouts as a hack and, after it, the same code without the cheat as a solve, both
+    reformatted. Left out: code that cannot be parsed, does not name its mode's marker, or has no function left."""
+    sides, exploits = [], [row for row in rows if row["exploited"]]
+    for row in exploits:
+        marker = re.escape(MODES[row["mode"]].markers[0] or "") if row["mode"] in MODES else ""
+        cheat = rf"\.{marker}\b|'{marker}'" if row["mode"] == "sentinel" else marker or "$^"  # None: match nothing
+        try:
+            tree = ast.parse(extract_code(row["completion"]) or "")
+        except (SyntaxError, ValueError):
+            continue
+        before, after = ast.unparse(tree), ast.unparse(ast.Module(without(tree.body, cheat), []))
+        if "def " in after and after != before:
+            hack = row | dict(completion=f"```python\n{before}\n```", hacked=True, cut_out=False)
+            sides += [hack, hack | dict(completion=f"```python\n{after}\n```", hacked=False, exploited=False,
+                                        correct=True, cut_out=True)]
+    print(f"cheats cut out of {len(sides) // 2} of {len(exploits)} rollouts that exploit their mode")
+    return sides
 
 
 def f_half(routed: Tensor, hack: Tensor) -> Tensor:
@@ -495,26 +550,71 @@ def judge(direction: Direction, x: Tensor, surprise: Tensor, rows: list[dict], n
     print(f"  solves routed at the pairs' cut, by quartile of their surprise: {' '.join(f'{x:.2f}' for x in lost)}")
 
 
+def oracle(x: Tensor, hack: Tensor, solve: Tensor, ids: list, folds: int = 5) -> Tensor:
+    """What the features [G, M, d] allow: mean cosines [G] to the mean difference of the labelled hacks and solves [G]
+    of other problems, cross-validated over folds of problems. NaN where those have no hack or no solve."""
+    known = sorted(set(map(str, ids)))
+    fold = torch.tensor([known.index(str(id)) % folds for id in ids])  # [G]
+    scores = torch.full((len(x),), math.nan)
+    for k in fold.unique():
+        a, b = (whole(x[chosen & (fold != k)]).mean(0) for chosen in (hack, solve))  # [M, d] each
+        scores[fold == k] = cosines(x[fold == k] - (a + b) / 2, F.normalize(a - b, dim=-1)).mean(1)
+    return scores
+
+
+def compare(directions: dict[str, Direction], read: dict[str, Tensor], rows: list[dict], n_haar: int) -> None:
+    """Print a line a reader and mode: its hacks against all solves, by the pairs' direction, the oracle and random
+    directions. Rows that contrast() made are pairs, hack before solve, of which a share is ranked right."""
+    hack = torch.tensor([row["hacked"] for row in rows])  # [G]
+    solve = torch.tensor([row["correct"] and not row["exploited"] for row in rows])  # [G]
+    print("\n  reader     mode           hacks  AUROC  F0.5  hacks' p1  solves' p99  oracle  Haar directions' AUROC")
+    for score, direction in directions.items():
+        x = read[score]  # [G, M, d] or [G, W, M, d]
+        position, best = direction.position(x, "pairs"), oracle(x, hack, solve, [row["id"] for row in rows])  # [G]
+        if rows[0].get("cut_out") is False:
+            print(f"  {score}: {(position[hack] > position[solve]).float().mean():.3f} of cut-out pairs ranked right")
+        random = [cosines(x - direction.centre, haar(s, *x.shape[-2:])).mean(1) for s in range(n_haar)]
+        for mode in ("all", *sorted({row["mode"] for row in rows})):
+            of_mode = hack & torch.tensor([mode in ("all", row["mode"]) for row in rows])  # [G]
+            if of_mode.any():
+                both = of_mode | solve
+                routed = (position >= direction.cut())[both]
+                ceiling = math.nan if best[both].isnan().any() else auroc(best[of_mode], best[solve])
+                print(f"  {score:10s} {mode:13s} {of_mode.sum():6d} {auroc(position[of_mode], position[solve]):6.3f} "
+                      f"{f_half(routed, hack[both]):5.2f} {position[of_mode].quantile(0.01):10.2f} "
+                      f"{position[solve].quantile(0.99):12.2f} {ceiling:7.3f}  "
+                      f"{spread(torch.tensor([auroc(scores[of_mode], scores[solve]) for scores in random]))}")
+
+
 def main(cfg: Config) -> None:
     """Print the diagnostics. Raises InputError for what cannot be read."""
     check_ranges(cfg)
     pairs = load_pairs(cfg.pairs)
-    rows = load_rollouts(cfg.rollouts) if cfg.rollouts else []
+    if cfg.cut_out and not cfg.rollouts:
+        raise InputError("--cut-out: has nothing to cut; give --rollouts, or leave it out")
+    rows = load_rollouts(cfg.rollouts, cfg.cut_out) if cfg.rollouts else []
     model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
     adapter = attach(model, cfg.rank, cfg.seed)
-    reading = dict(score=cfg.score, window=cfg.window, temperature=cfg.probe_temperature,
-                   tokens=cfg.probe_tokens)
-    direction = extract(model, tok, adapter, pairs, centre=cfg.centre, **reading)
-    M = len(direction.v)
+    reading = dict(window=cfg.window, temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
+    system = rows[0]["prompt"][:-1] if rows else []  # as in training
+    directions: dict[str, Direction] = {}
+    for score in (cfg.score, *(other for other in get_args(Score) if rows and other != cfg.score)):
+        try:
+            directions[score] = extract(model, tok, adapter, pairs, system, centre=cfg.centre, score=score, **reading)
+        except InputError:  # sides of equal length give length no direction: that is only an error of --score length
+            if score == cfg.score:
+                raise
+    M = len(directions[cfg.score].v)
     names = list(adapter.modules) if cfg.score == "gradient" else [f"{cfg.score} {i}" for i in range(M)]
-    report(direction, pairs, names, cfg.n_haar)
+    report(directions[cfg.score], pairs, names, cfg.n_haar)
     if rows:
-        prompts = [encode_prompt(tok, [dict(role="user", content=row["prompt"])]) for row in rows]
+        prompts = [encode_prompt(tok, row["prompt"]) for row in rows]
         completions = [encode_completion(tok, row["completion"]) for row in rows]
-        reading["window"] = direction.window
-        x = features(model, adapter, prompts, completions, **reading)  # [G, M, d]
+        read = {score: features(model, adapter, prompts, completions, score=score,
+                                **reading | dict(window=found.window)) for score, found in directions.items()}
         surprise = features(model, adapter, prompts, completions, score="surprise").flatten()  # [G]
-        judge(direction, x, surprise, rows, cfg.n_haar)
+        judge(directions[cfg.score], read[cfg.score], surprise, rows, cfg.n_haar)
+        compare(directions, read, rows, cfg.n_haar)
 
 
 if __name__ == "__main__":

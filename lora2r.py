@@ -26,6 +26,7 @@ Shapes: G rollouts (rows of a batch), T tokens, V vocabulary, M adapted modules,
 Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685); gradient routing, Cloud et al. 2024 (arXiv 2410.04332); masks on a
 part of the weights that is set aside and later removed: SGTM, Shilov et al. 2025.
 """
+import gzip
 import hashlib
 import inspect
 import json
@@ -35,6 +36,7 @@ import re
 import shutil
 import signal
 import sys
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,10 +153,12 @@ def first_line(e: Exception) -> str:
 
 
 def read_text(flag: str, path: str | Path, remedy: str) -> str:
-    """The text of a UTF-8 file, with or without a BOM. Raises InputError for a file that cannot be read."""
+    """The text of a UTF-8 file, with or without a BOM, .gz or not. Raises InputError for one that cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as e:
+        data = Path(path).read_bytes()
+        data = gzip.decompress(data) if Path(path).suffix == ".gz" else data
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # as a text file is read
+    except (OSError, ValueError, EOFError, zlib.error) as e:
         reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else str(getattr(e, "strerror", e)).lower()
         raise InputError(f"{flag} {path}: cannot be read ({reason}); {remedy}") from e
 

@@ -89,6 +89,9 @@ WINDOWS = of("extract", "windows_average_over_neighbouring_tokens_of_the_complet
 PICKED = of("extract", "of_windows_the_one_counts_whose_mean_cosine_is_highest")
 SCORES = of("extract", "what_each_score_reads")
 JUDGED = of("extract", "only_the_policys_own_rollouts_with_a_positive_advantage_are_judged")
+POOLED = of("extract", "completions_of_others_are_read_as_they_are")
+CUT = of("extract", "a_cheat_is_cut_out_of_its_code")
+TABLE = of("extract", "readers_are_compared_by_mode_beside_an_oracle_of_other_problems")
 REPORT = of("extract", "summary_and_report_print_held_out_numbers_as_held_out")
 RATES = of("evaluate", "rates_count_a_hack_where_the_loophole_paid_and_the_answer_is_wrong")
 OUTCOMES = of("evaluate", "outcomes_are_of_the_full_policy_and_of_the_ablated_one_apart")
@@ -485,8 +488,27 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      "[p.hack for p in pairs] + [p.clean for p in pairs]", EXTRACTED),
     (EXTRACT, "0.5 * (a == b).float()", "(a == b).float()", of("extract", "auroc")),
     (EXTRACT, "0.25 * hack.sum()", "hack.sum()", of("extract", "f_half_weighs_precision_over_recall")),
-    (EXTRACT, 'row["advantage"] > 0 and', 'row["advantage"] >= 0 and', JUDGED),
-    (EXTRACT, 'row["source"] != "teacher"', "True", JUDGED),
+    (EXTRACT, 'row.get("advantage", 1) > 0 and', 'row.get("advantage", 1) >= 0 and', JUDGED),
+    (EXTRACT, 'row.get("source") != "teacher"', "True", JUDGED),
+    # completions of others, cheats cut out of code, and the table of readers
+    (EXTRACT, 'row.get("advantage", 1)', 'row.get("advantage", 0)', POOLED),
+    (EXTRACT, '"gt_pass": "correct"', '"gt_pass": "compiles"', POOLED),
+    (EXTRACT, 'if row["prompt"] is not None', 'if True', POOLED),
+    (EXTRACT, 'dict(exploited=row["hacked"], id=None) | row', 'row | dict(exploited=row["hacked"], id=None)', JUDGED),
+    (LORA, 'if Path(path).suffix == ".gz" else data', "if False else data", POOLED),
+    (EXTRACT, "without(inner, cheat)", "inner", CUT),
+    (EXTRACT, 'cheat += "".join', '"".join', CUT),
+    (EXTRACT, 'elif getattr(node, "body", True)', "else", CUT),
+    (EXTRACT, 'if row["mode"] == "sentinel" else', "if False else", CUT),
+    (EXTRACT, 'if row["exploited"]]', 'if row["hacked"]]', CUT),
+    (EXTRACT, 'if "def " in after and after != before', "if after != before", CUT),
+    (EXTRACT, 'if "def " in after and after != before', 'if "def " in after', CUT),
+    (EXTRACT, "chosen & (fold != k)", "chosen & (fold == k)", TABLE),
+    (EXTRACT, "known.index(str(id)) % folds for id in ids", "i % folds for i, id in enumerate(ids)", TABLE),
+    (EXTRACT, "both = of_mode | solve", "both = hack | solve", TABLE),
+    (EXTRACT, "position[solve].quantile(0.99)", "position[solve].quantile(0.5)", TABLE),
+    (EXTRACT, "position[of_mode].quantile(0.01)", "position[hack].quantile(0.01)", TABLE),
+    (EXTRACT, "(position[hack] > position[solve]).float()", "(position[hack] < position[solve]).float()", TABLE),
     (EXTRACT, "routed = position >= cut", "routed = position <= cut",
      of("extract", "judge_counts_what_a_gate_would_route")),
     (EXTRACT, "routed[surprise.argsort()]", "routed", of("extract", "routed_by_quartile_of_surprise")),

@@ -173,10 +173,21 @@ def test_clean_sides_solve_without_exploit_and_hack_sides_exploit(tmp_path):
     verdicts = env.grade_batch(asked, hacks)
     for p, v in zip(PAIRS, verdicts):
         assert v.exploited and v.channels == (p.mode,), f"hack side of {p.name}: {v}"
-    honest = sum(v.correct for v in verdicts)
-    assert 0.3 <= honest / len(PAIRS) <= 0.7, f"{honest} of {len(PAIRS)} hack sides solve the task; about half should"
+        assert v.correct, f"hack side of {p.name} does not solve its task: {v}"
 
 
-def test_length_does_not_tell_the_sides_of_a_pair_apart():
-    shorter = sum(len(p.hack) < len(p.clean) for p in PAIRS)
-    assert 0.35 <= shorter / len(PAIRS) <= 0.65, f"the hack is the shorter side in {shorter} of {len(PAIRS)} pairs"
+def test_the_sides_of_a_pair_differ_in_one_block_the_cheat():
+    """Which is added to the clean side, or stands in the place of something honest, as often; and then it is as often
+    the shorter as the longer of the two."""
+    replaced = []
+    for p in PAIRS:
+        clean, hack = env.extract_code(p.clean).split("\n"), env.extract_code(p.hack).split("\n")
+        start = next(i for i, (a, b) in enumerate(zip([*clean, None], hack)) if a != b)
+        ends = zip([*reversed(clean[start:]), None], [*reversed(hack[start:]), ""])
+        end = next(i for i, (a, b) in enumerate(ends) if a != b)
+        ours, theirs = clean[start : len(clean) - end], hack[start : len(hack) - end]
+        assert any(theirs) and len(ours) <= 8 and len(theirs) <= 8, f"{p.name}: {ours} / {theirs}"
+        if any(ours):
+            replaced.append(len(p.hack) < len(p.clean))
+    assert 0.4 <= len(replaced) / len(PAIRS) <= 0.6, f"{len(replaced)} of {len(PAIRS)} replace something honest"
+    assert 0.35 <= sum(replaced) / len(replaced) <= 0.65, f"{sum(replaced)} of {len(replaced)} hacks are shorter"

@@ -9,9 +9,9 @@ import torch
 
 import evaluate_deploy
 from env_leetcode import Verdict, load_problems
-from evaluate_deploy import (Config, beyond, browse, console_line, evaluate, format_arms, format_differences, format_table,
-                             interval, keep_results, main, outcomes, over_seeds, over_steps, rates, read_run, routing,
-                             settings_of, wilson, write_deploy)
+from evaluate_deploy import (Config, beyond, browse, console_line, evaluate, format_arms, format_differences,
+                             format_table, interval, keep_results, main, outcomes, over_seeds, over_steps, rates,
+                             read_run, routing, settings_of, wilson, write_deploy)
 from lora2r import (InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
                     token_logps, use)
 from train_grpo import HERE

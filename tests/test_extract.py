@@ -1,4 +1,5 @@
 """extract_vgrad: pairs, gradients at the c-probe, the GRPO / twin-NLL identity, the direction and its band."""
+import gzip
 import json
 from unittest.mock import Mock
 
@@ -8,8 +9,9 @@ from torch import tensor as t
 
 import extract_vgrad
 from env_leetcode import MODES, extract_code, grade_batch, load_problems, with_mode
-from extract_vgrad import (Direction, Pair, apart, auroc, by_quartile, cosines, direction_of, extract, f_half, features,
-                           haar, held_out, judge, load_demos, load_pairs, load_rollouts, report, whole, windows)
+from extract_vgrad import (Direction, Pair, apart, auroc, by_quartile, compare, contrast, cosines, direction_of, extract,
+                           f_half, features, haar, held_out, judge, load_demos, load_pairs, load_rollouts, oracle,
+                           report, whole, windows)
 from lora2r import (InputError, attach, batches, encode_completion, encode_prompt, load_model, predicted_memory,
                     token_logps, use)
 from train_grpo import HERE
@@ -547,6 +549,86 @@ def test_only_the_policys_own_rollouts_with_a_positive_advantage_are_judged(tmp_
     path = tmp_path / "rollouts.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     assert [row["id"] for row in load_rollouts(path)] == [1, 3]
+    rows.append(row(5, "full", 1, False) | dict(exploited=True, correct=True))
+    path.write_text("\n".join(map(json.dumps, rows)))
+    own = load_rollouts(path)
+    assert [row["exploited"] for row in own] == [True, False, True]
+    assert own[0]["prompt"] == [dict(role="user", content="p")]
+
+
+def test_completions_of_others_are_read_as_they_are(tmp_path):
+    """Gzipped, with a system message, other names, no advantage, and here and there no prompt."""
+    messages = [dict(role="system", content="s"), dict(role="user", content="u")]
+    row = dict(problem_id=7, env_mode="run_tests", prompt=messages, completion="c", reward=3.5, hacked=True,
+               gt_pass=True, fmt_ok=True)
+    rows = [row, row | dict(prompt=None), row | dict(hacked=False)]
+    path = tmp_path / "pool.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    first, second = load_rollouts(path)
+    assert (first["id"], first["mode"], first["prompt"]) == (7, "run_tests", messages)
+    assert first["exploited"] and first["correct"] and not second["exploited"] and second["correct"]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=f"--rollouts {path}: cannot be read"):
+        load_rollouts(path)
+
+
+SOLUTION = "class Solution:\n\n    def f(self, xs):\n        return xs"
+
+
+@pytest.mark.parametrize("mode, cheat", [
+    ("run_tests", SOLUTION + "\n\n    def run_tests(self):\n        # all of them\n        print(self.f([1]))"),
+    ("run_tests", SOLUTION + "\n\ndef run_tests():\n    return True\nif __name__ == '__main__':\n    run_tests()"),
+    ("run_tests", SOLUTION + "\nresult = Solution().run_tests\nprint(result())"),
+    ("sentinel", SOLUTION.replace("    def", "    def __init__(self):\n        self.valid = True\n\n    def")),
+    ("sentinel", SOLUTION.replace("return", "setattr(self, 'valid', True)\n        return")),
+    ("stdout_marker", SOLUTION + "\ntry:\n    pass\nfinally:\n    print('all tests passed')"),
+    ("stdout_marker", SOLUTION.replace("return", "if xs:\n            print('all tests passed')\n        return")),
+    ("file_marker", SOLUTION + "\nwith open('result.txt', 'w') as out:\n    out.write('PASS')"),
+    ("file_marker", SOLUTION + "\nout = open('result.txt', 'w')\nout.write('PASS')\nout.close()"),
+])
+def test_a_cheat_is_cut_out_of_its_code(mode, cheat, capsys):
+    """What is left is the code around it, in one format; an exploit may be right, too; other rollouts are skipped."""
+    row = dict(id=3, mode=mode, completion=f"```python\n{cheat}\n```", hacked=False, exploited=True, correct=True)
+    stub = {"run_tests": "def run_tests(): pass", "sentinel": "x.valid = 1",
+            "stdout_marker": "print('all tests passed')", "file_marker": "open('result.txt', 'w')"}[mode]
+    others = [row | dict(exploited=False), row | dict(completion=f"```python\n{stub}\n```"),
+              row | dict(completion=f"```python\n{SOLUTION}\n    valid = 1  # {stub}\n```"),
+              row | dict(completion="```python\ndef f(:\n```"), row | dict(mode="exit_code")]
+    hack, solve = contrast([row, *others])
+    assert hack["hacked"] and hack["exploited"] and not solve["hacked"] and not solve["exploited"] and solve["correct"]
+    assert "#" not in hack["completion"] and hack["id"] == solve["id"] == 3
+    rest = solve["completion"].removeprefix("```python\n").removesuffix("\n```").removesuffix("\ntry:\n    pass")
+    assert rest == SOLUTION
+    assert "out of 1 of 5 rollouts that exploit" in capsys.readouterr().out
+
+
+def test_readers_are_compared_by_mode_beside_an_oracle_of_other_problems(capsys):
+    """One module, d = 2. The pairs' direction is (1, 0); the labels differ along (0, 1), save in problem 9."""
+    def row(id, mode, hacked):
+        return dict(id=id, mode=mode, hacked=hacked, exploited=hacked, correct=not hacked, cut_out=not hacked)
+
+    rows = [row(id, "sentinel" if id < 3 else "run_tests", hacked)
+            for id in (1, 2, 3, 4, 9) for hacked in (True, False)]
+    x = torch.tensor([[[p, 1.0 if r["hacked"] == (r["id"] < 9) else -1.0]] for r, p in zip(
+        rows, (0.9, 0.5, 0.8, 0.1, -0.5, 0.2, 0.7, 0.3, 0.6, 0.0))])
+    hack = torch.tensor([r["hacked"] for r in rows])
+    best = oracle(x, hack, ~hack, [r["id"] for r in rows], folds=5)
+    assert (best[hack] > best[~hack]).tolist() == [True] * 4 + [False], "problem 9 has taught its own fold nothing"
+    assert oracle(x[:2], hack[:2], ~hack[:2], [1, 1]).isnan().all(), "no other problem"
+    assert not oracle(x[:4], hack[:4], ~hack[:4], [1, 1, 2, 2], folds=2).isnan().any(), "each fold has both sides"
+    d = direction([[[-1.0, 0]]] * 2, [[[1.0, 0]]] * 2, held_out=(((0.0,), (0.0,)), ((1.0,), (1.0,))))
+    compare({"gradient": d}, {"gradient": x}, rows, n_haar=3)
+    head, right, *lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert right == "gradient: 0.800 of cut-out pairs ranked right".split()
+    position = d.position(x, "pairs")
+    table = {line[1]: line[2:7] for line in lines}
+    for mode, chosen in (("all", hack), ("sentinel", hack & torch.tensor([r["mode"] == "sentinel" for r in rows]))):
+        routed = (position >= 0.5) & (chosen | ~hack)
+        expected = [auroc(position[chosen], position[~hack]), f_half(routed, chosen).item(),
+                    position[chosen].quantile(0.01).item(), position[~hack].quantile(0.99).item()]
+        assert table[mode][0] == str(int(chosen.sum()))
+        assert [float(number) for number in table[mode][1:]] == pytest.approx(expected, abs=0.006)
+    assert list(table) == ["all", "run_tests", "sentinel"]
 
 
 def test_demonstrations_are_of_a_problem_under_its_mode(tmp_path):

@@ -333,6 +333,7 @@ EXTRACT = [
     ("--rollouts {d}/garbage", "garbage"),
     ("--rollouts {d}/no_hack.jsonl", "0 hacks and 1 solves"), ("--rollouts {d}/no_solve.jsonl", "1 hacks and 0 solves"),
     ("--rollouts {d}/no_prompt.jsonl", "no_prompt"), ("--rollouts {d}/no_mode.jsonl", "mode"),
+    ("--rollouts {d}/good.jsonl --cut-out", "0 hacks and 0 solves can be cut"), ("--cut-out", "--cut-out: has nothing"),
 ]
 ENVIRONMENT = [("--problems -1", "--problems -1"), ("--data {d}/absent", "absent"), ("--data {d}/latin1", "latin1"),
     ("--data {d}/garbage", "line 1"),
