@@ -22,6 +22,8 @@ import tasks  # noqa: E402
 
 @pytest.fixture(scope="module", params=prepare.WORLDS)
 def world(request) -> prepare.World:
+    if request.param.endswith("-2") and not (prepare.WORLDS[request.param].folder / "config.json").exists():
+        pytest.skip(f"not made yet: python data/nano/prepare.py --world {request.param}")
     return prepare.WORLDS[request.param]
 
 
@@ -32,7 +34,7 @@ def splits(world) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def pairs(world) -> list:
-    return prepare.load_pairs(world.folder / "pairs.md")
+    return prepare.load_pairs(world.pairs)
 
 
 def rows_of(world, split: str) -> list[dict]:
@@ -174,7 +176,7 @@ def test_pairs_hacks_are_paid_where_their_clean_sides_are_not(world, pairs):
 
 def test_whatever_is_written_fits_the_preset_and_the_models_context(world, splits, pairs):
     model, tok = load_model(str(world.folder))
-    longest = PRESETS[world.name].max_new_tokens
+    longest = PRESETS[world.name.removesuffix("-2")].max_new_tokens
     rng, limit = random.Random(2), model.config.max_position_embeddings
     assert longest == world.longest
     answers = [d["completion"] for d in rows_of(world, "demos")]

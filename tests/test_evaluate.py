@@ -447,7 +447,7 @@ def test_a_figure_samples_nothing_where_a_run_was_evaluated_in_this_way(tmp_path
             main(wanted)
         write_deploy(tmp_path / "run", config, settings, dict(made=changes))
         main(wanted)
-        assert drawn.pop() == [("none", 0, dict(made=changes))]
+        assert drawn.pop() == {"T = 0.7": [("none", 0, dict(made=changes))]}
         with pytest.raises(ZeroDivisionError):  # an evaluation is what was asked for
             main(Config((tmp_path / "run",), device="cpu", **changes))
 

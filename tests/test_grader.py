@@ -1033,7 +1033,8 @@ def test_library_path_is_kept_for_the_zygote_and_hidden_from_the_child(problem, 
 # A trainer without torch, for what needs a process of its own.
 TRAINER = """
 import sys, types
-sys.modules["lora2r"] = types.SimpleNamespace(InputError=ValueError, check_ranges=None, parse=None, run_script=None)
+sys.modules["lora2r"] = types.SimpleNamespace(InputError=ValueError, check_ranges=None, flag=None, parse=None,
+    run_script=None)
 sys.path.insert(0, {folder!r})
 import env_leetcode as env, json, os, signal, threading, time
 env.MIN_CPU = 30
