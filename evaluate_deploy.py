@@ -122,13 +122,14 @@ def beyond(t: float, freedom: int) -> float:
 
 
 def interval(xs: list[float]) -> tuple[float, float, float]:
-    """Mean of n >= 2 numbers, half the width of its 95 % t interval, and the two-sided p of the t test against 0."""
-    centre, error, freedom = mean(xs), max(stdev(xs), 1e-12) / len(xs) ** 0.5, len(xs) - 1
+    """Mean of n >= 2 numbers, half the width of its 95 % t interval, and the two-sided p of the t test against 0; equal
+    numbers, which say nothing of their spread, have p = 1."""
+    centre, error, freedom = mean(xs), stdev(xs) / len(xs) ** 0.5, len(xs) - 1
     low, high = 0.0, 1e4  # the 97.5th percentile lies between
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if beyond(middle, freedom) > 0.05 else (low, middle)
-    return centre, high * error, beyond(abs(centre) / error, freedom)
+    return centre, high * error, beyond(abs(centre) / error, freedom) if error > 1e-12 else 1.0
 
 
 def over_seeds(shares: list[float]) -> str:

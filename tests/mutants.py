@@ -522,7 +522,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EVALUATE, "angle.cos() ** (freedom - 1)", "angle.cos() ** freedom",
      of("evaluate", "interval_over_seeds_is_students_t")),
     (EVALUATE, "/ len(xs) ** 0.5, len(xs) - 1", "/ len(xs) ** 0.5, len(xs)", T_TEST),
-    (EVALUATE, "1e-12) / len(xs) ** 0.5", "1e-12) / len(xs)", of("evaluate", "interval_over_seeds_is_students_t")),
+    (EVALUATE, "stdev(xs) / len(xs) ** 0.5", "stdev(xs) / len(xs)", of("evaluate", "interval_over_seeds_is_students_t")),
     (EVALUATE, "beyond(abs(centre) / error", "0.5 * beyond(abs(centre) / error", T_TEST),
     (EVALUATE, "tested[i][2] * (len(tested) - rank)", "tested[i][2] * len(tested)", PAIRED),
     (EVALUATE, "running = max(running, min(", "running = max(0, min(", PAIRED),
