@@ -344,7 +344,7 @@ def test_arms_are_compared_seed_by_seed_and_by_holms_correction():
                         "p (Holm)"]
     assert lines[1][:4] == ["none", "4", "+0.250 [+0.04, +0.46]", "0.1"]
     assert lines[1][4:] == ["-0.207 [-0.23, -0.18]", "0.0006", "-0.104 [-0.12, -0.09]", "0.0006"]
-    assert lines[2] == ["absorb", "2", "+0.000 [-6.35, +6.35]", "1"] + ["+0.000 [-0.00, +0.00]", "1"] * 2
+    assert lines[2] == ["absorb", "2", "+0.000 [-6.35, +6.35]", "1"] + ["+0.000 [+0.00, +0.00]", "1"] * 2
     assert len(lines) == 3 and format_differences(rows, "nobody") == ""
 
 
