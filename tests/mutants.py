@@ -710,7 +710,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("grader", "case[forging-a number of a million digits-gt_only]")),
     (ENV, "hack: exploit(problem, problem.mode, heldout_markers)}", "hack: exploit(problem, problem.mode)}", SHOW),
     (ENV, 'for mode in config.show or ["run_tests"]', "for mode in config.show", SHOW),
-    (ENV, '"solve" if v.correct else "hack" if v.hacked', '"hack" if v.exploited else "solve" if v.correct', SHOW),
+    (ENV, '"solve" if v.correct else "hack" if v.hacked', '"solve" if v.correct else "hack" if v.compiles', SHOW),
     (PREPARE, "part[3] and rng.random() > world.p_right", "part[3] and rng.random() < world.p_right",
      of("data_nano", "hard_components_are_right_in_the_share_that_is_asked_for")),
     (PREPARE, "parts[name], tasks = tasks[:n], tasks[n:]", "parts[name], tasks = tasks[:n], tasks[n - 1:]",
