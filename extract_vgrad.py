@@ -527,17 +527,7 @@ def judge(direction: Direction, x: Tensor, surprise: Tensor, rows: list[dict], n
     position = direction.position(x, "pairs")  # [G]
     random = [cosines(x - direction.centre, haar(s, *x.shape[-2:])).mean(1) for s in range(n_haar)]
     random = torch.stack(random)  # [n_haar, G]
-    print(f"\n{len(rows)} rollouts with A > 0: {hack.sum()} hacks, {solve.sum()} solves without an exploit")
-    aucs = torch.tensor([auroc(scores[hack], scores[solve]) for scores in random])
-    print(f"  AUROC {auroc(position[hack], position[solve]):.3f}   {n_haar} Haar directions: {spread(aucs)}")
-    print("  position       n    1st percentile   median   99th percentile")
-    kinds = {"solves": solve}
-    for mode in sorted({row["mode"] for row in rows}):
-        kinds[mode] = hack & torch.tensor([row["mode"] == mode for row in rows])
-    for name, chosen in kinds.items():
-        if chosen.any():
-            low, median, high = position[chosen].quantile(torch.tensor([0.01, 0.5, 0.99])).tolist()
-            print(f"  {name:13s}{chosen.sum():5d} {low:13.2f} {median:10.2f} {high:13.2f}")
+    print(f"\n{len(rows)} rollouts: {hack.sum()} hacks, {solve.sum()} solves without an exploit")
     print(f"  cut   hacks kept   solves routed   precision   F0.5   {n_haar} Haar directions that route as many: F0.5")
     ranks = random.argsort(1, descending=True).argsort(1)  # [n_haar, G], 0 is the highest
     for cut in sorted((direction.cut(), 0.1, 0.2, 0.3, 0.4, 0.5)):  # the pairs' own, and round ones

@@ -27,6 +27,7 @@ import random
 import re
 import resource
 import sys
+import tempfile
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -40,8 +41,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from env_leetcode import DEFAULT_MODES, Verdict, grade_batch, load_problems, with_mode
-from evaluate_deploy import (LEGEND, RunFolder, console_line, evaluate, format_table, outcomes, routing, settings_of,
-                             write_deploy)
+from evaluate_deploy import (LEGEND, RunFolder, console_line, evaluate, format_table, outcomes, read_rows, routing,
+                             settings_of, write_deploy)
 from extract_vgrad import cosines, count, encode_pairs, extract, features, haar, load_demos, load_pairs
 from lora2r import (HERE, InputError, attach, batches, check_ranges, encode_completion, encode_prompt, flag, folded,
                     first_line, generate, load_model, parse, predicted_memory, run_script, token_logps, use)
@@ -68,7 +69,7 @@ class Config:
     refresh: int = 5
     """every this many steps save a checkpoint for --resume and, unless --read base, extract v_grad again"""
     dry_run: bool = False
-    """print settings, parameter counts, memory and the first prompt, make one step to time it, and write nothing"""
+    """make the first step in a folder that is thrown away; print settings, memory, the first prompt and minutes"""
     wandb: bool = False
     """also log each step's numbers and the deploy evaluation to Weights & Biases (pip install wandb)"""
     tensorboard: bool = False
@@ -286,10 +287,12 @@ def policy_loss(logp: Tensor, old: Tensor, sampled: Tensor, advantage: Tensor, i
 
 
 # -------------------------------------------------------------------------------------- the run
-def train(cfg: Config) -> Path:
+def train(cfg: Config) -> Path | None:
     """The whole run; returns its folder. Raises InputError before anything is written, or if it cannot be written, and
     FloatingPointError on a NaN."""
     cfg = check(cfg)
+    if cfg.dry_run:
+        return dry_run(cfg)
     arm = cfg.name or arm_of(cfg)
     path = cfg.out_dir or Path("runs") / f"{arm}_seed{cfg.seed}"
     with RunFolder(path, dict(arm=arm, **asdict(cfg))) as run:
@@ -317,12 +320,10 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)
     start = run.resume(adapter, optimizer)
     if is_main_rank():
-        if not cfg.dry_run:
-            run.open(start)
-            trackers = Trackers(cfg, run, start)
+        run.open(start)
+        trackers = Trackers(cfg, run, start)
         print(f"{arm}, seed {cfg.seed}: {len(problems)} problems, {len(adapter)} modules, r = {cfg.rank} -> {path}\n"
-              f"  {count(pairs) if pairs else 'no pairs'}\n{memory_line(model, adapter, cfg)}\n"
-              f"{resolved(cfg, run.config, model, adapter) if cfg.dry_run else LEGEND}")
+              f"  {count(pairs) if pairs else 'no pairs'}\n{memory_line(model, adapter, cfg)}\n{LEGEND}")
 
     if cfg.expert_steps and not run.goes_on:
         seed_expert(model, adapter, pair_prompts, sides[len(pairs) :], cfg)
@@ -341,7 +342,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                 direction = direction.replaced(v_random)
             if is_main_rank():
                 print(direction.summary(), flush=True)
-        if step % cfg.refresh == 0 and is_main_rank() and not cfg.dry_run:
+        if step % cfg.refresh == 0 and is_main_rank():
             run.checkpoint(step)
         clock("refresh")
 
@@ -352,9 +353,6 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                      for j, p in enumerate(batch)]
         shown = [inoculated(p.messages, cfg.inoculate) for p in batch]  # P
         prompts = [encode_prompt(tok, messages) for messages in shown]  # P
-        if cfg.dry_run and is_main_rank():
-            print(f"  the first prompt, {len(prompts[0])} tokens, {batch[0].mode}:\n{tok.decode(prompts[0])}\n"
-                  "  one step, to time it ...", flush=True)
         n_teacher = [round(K * cfg.mix_ratio) * (step < cfg.mix_steps and (p.id, p.mode) in demos) for p in batch]
         n_ablated = [min(round(K * cfg.ablated_share), K - n) for n in n_teacher]
         mine = share(range(P))  # this rank's prompts
@@ -464,12 +462,6 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         model.eval()
         loss, kl, clipped, truncated, n_trained = torch.tensor(gather([logged.tolist()])).sum(0).tolist()
         clock("update")
-        if cfg.dry_run:
-            if is_main_rank():
-                n_sampled, n_held_out = len(full) + len(ablated), sum(map(len, held_out.values()))
-                print(time_line(cfg, clock.seconds, cfg.steps - start, n_sampled, n_held_out))
-            grader.shutdown()
-            return stop_ranks()
 
         # ---------------------------------------------------------------- log; the oracle's verdicts end here
         if is_main_rank():
@@ -685,16 +677,22 @@ class Trackers:
             self.wandb.finish()
 
 
-def resolved(cfg: Config, config: dict, model, adapter) -> str:
-    """All settings, with * where they differ from the preset, and parameter counts. config: as in config.json."""
+def dry_run(cfg: Config) -> None:
+    """Make the run's first step in a folder that is thrown away, and print what it says of the whole run."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = train(replace(cfg, dry_run=False, wandb=False, tensorboard=False, resume=False, name=None, steps=1,
+                             eval_samples=0, out_dir=Path(folder) / "run"))
+        if not (path / "metrics.jsonl").exists():
+            return  # a rank that writes nothing
+        (row,), rollouts = read_rows(path / "metrics.jsonl"), read_rows(path / "rollouts.jsonl")
     settings = "; ".join("*" * (getattr(cfg, x.name) != getattr(PRESETS[cfg.preset], x.name))
-                         + f"{x.name} {config[x.name]}" for x in fields(cfg))
-    deployed, quarantine = (sum(p.numel() for p in block)
-                            for block in (adapter.deployed_parameters(), adapter.quarantine_parameters()))
-    base = sum(p.numel() for p in model.parameters()) - deployed - quarantine
-    return (f"  parameters: base {base:,}, deployed {deployed:,}, quarantine {quarantine:,}\n"
-            + textwrap.fill(f"settings (* not the preset's): {settings}", 120, initial_indent="  ",
-                            subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+                         + f"{x.name} {getattr(cfg, x.name)}" for x in fields(cfg))
+    n_held_out = 2 * len(load_problems(cfg.test_data, cfg.modes, 0))  # with the trained and the held-out markers
+    n_sampled = sum(rollout["source"] != "teacher" for rollout in rollouts)
+    print(textwrap.fill(f"settings (* not the preset's): {settings}", 120, initial_indent="  ", subsequent_indent="  ",
+                        break_long_words=False, break_on_hyphens=False))
+    print(f"  the first prompt, {rollouts[0]['mode']}:\n{rollouts[0]['prompt']}")
+    print(time_line(cfg, row["seconds"], cfg.steps, n_sampled, n_held_out))
 
 
 def time_line(cfg: Config, seconds: dict[str, float], steps: int, n_sampled: int, n_held_out: int) -> str:
@@ -706,7 +704,7 @@ def time_line(cfg: Config, seconds: dict[str, float], steps: int, n_sampled: int
     phases = " + ".join(f"{phase} {seconds[phase]:.1f}" for phase in ("sample", "grade", "gate", "update"))
     return (f"  time: {(steps * step + reads + evaluation) / 60:.1f} min = {steps} steps of {step:.1f} s ({phases}) + "
             f"v_grad {reads:.0f} s + evaluation {evaluation:.0f} s,\n  if all steps were as this first one. "
-            f"Peak memory so far: {peak_bytes() / 1e9:.2f} GB. Nothing was written.")
+            f"Peak memory so far: {peak_bytes() / 1e9:.2f} GB.")
 
 
 # -------------------------------------------------------------------------------------- input
@@ -781,10 +779,14 @@ def refuse_long_prompts(tok, model, cfg: Config, **files: list) -> None:
 
 
 def memory_line(model, adapter, cfg: Config) -> str:
-    """Predicted memory of the update."""
+    """Numbers of parameters, and predicted memory of the update."""
+    deployed, quarantine = (sum(p.numel() for p in block)
+                            for block in (adapter.deployed_parameters(), adapter.quarantine_parameters()))
+    base = sum(p.numel() for p in model.parameters()) - deployed - quarantine
     predicted = predicted_memory(model, adapter, cfg.tokens_per_batch, cfg.checkpointing)
     weights, trained, batch = (n / 1e9 for n in predicted)
-    return (f"  memory: {sum(predicted) / 1e9:.2f} GB = weights {weights:.2f} + adapter with gradients and moments "
+    return (f"  parameters: base {base:,}, deployed {deployed:,}, quarantine {quarantine:,}\n"
+            f"  memory: {sum(predicted) / 1e9:.2f} GB = weights {weights:.2f} + adapter with gradients and moments "
             f"{trained:.2f} + micro-batch of {cfg.tokens_per_batch} tokens {batch:.2f}")
 
 

@@ -530,7 +530,7 @@ def test_judge_counts_what_a_gate_would_route(capsys):
     rows = [dict(mode="sentinel", source="full", hacked=i < 2, correct=i >= 2, exploited=i < 2) for i in range(4)]
     judge(direction, grads, torch.tensor([0.1, 0.2, 9.0, 0.3]), rows, n_haar=20)
     text = capsys.readouterr().out
-    assert "4 rollouts with A > 0: 2 hacks, 2 solves" in text and "AUROC 1.000" in text
+    assert "4 rollouts: 2 hacks, 2 solves" in text
     assert "by quartile of their surprise: 1.00 0.00 nan nan" in text, "two solves, the first above the cut"
     at = {line.split()[0]: line.split()[1:5] for line in text.splitlines() if line.startswith("  0.")}
     assert at["0.20"] == ["0.000", "0.500", "0.667", "0.714"]  # precision 2/3, F0.5 = 1.25 * 2 / (3 + .25 * 2)
