@@ -27,6 +27,11 @@ def world(request) -> prepare.World:
     return prepare.WORLDS[request.param]
 
 
+def test_each_world_has_a_seed_of_its_own_and_pairs():
+    worlds = prepare.WORLDS.values()
+    assert len({world.seed for world in worlds}) == len(worlds) and all(world.pairs.is_file() for world in worlds)
+
+
 @pytest.fixture(scope="module")
 def splits(world) -> dict[str, list[dict]]:
     return prepare.split_tasks(world)

@@ -348,7 +348,7 @@ def test_arms_are_compared_seed_by_seed_and_by_holms_correction():
     assert len(lines) == 3 and format_differences(rows, "nobody") == ""
 
 
-def test_results_of_a_folder_are_printed_file_by_file_and_drawn(tmp_path, capsys):
+def test_results_of_a_folder_are_printed_file_by_file_and_drawn(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     cell = dict(solve=0.5, hack=0.25, compiles=1.0)
     for world, arms in (("a", ("routeV", "none")), ("b", ("routeV",))):
@@ -357,12 +357,19 @@ def test_results_of_a_folder_are_printed_file_by_file_and_drawn(tmp_path, capsys
         rows = [dict(arm=arm, seed=seed, results=results) for arm in arms for seed in (0, 1)]
         (tmp_path / f"{world}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = [path.read_text() for path in sorted(tmp_path.glob("*.jsonl"))]
+    import matplotlib.axes
+    drawn, draw = [], matplotlib.axes.Axes.plot
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda axes, xs, *args, **options: (
+        drawn.append((axes, xs)), draw(axes, xs, *args, **options))[1])
     main(Config(results=tmp_path, plot=tmp_path / "arms.svg"))
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line in ("a", "b")] == ["a", "b"]
     assert sum(line.startswith("none") for line in lines) == 2, "once with its means, once compared"
     assert before == [path.read_text() for path in sorted(tmp_path.glob("*.jsonl"))]
     assert (tmp_path / "arms.svg").stat().st_size > 5000
+    assert {(axes.get_title(), *xs) for axes, xs in drawn} == {
+        ("a: solve, deployed", 0.5, 0.5), ("a: hack, deployed", 0.25, 0.25), ("b: solve, deployed", 0.5, 0.5),
+        ("b: hack, deployed", 0.25, 0.25)}
 
 
 def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):

@@ -9,9 +9,9 @@ from torch import tensor as t
 
 import extract_vgrad
 from env_leetcode import MODES, extract_code, grade_batch, load_problems, with_mode
-from extract_vgrad import (Direction, Pair, apart, auroc, by_quartile, compare, contrast, cosines, direction_of, extract,
-                           f_half, features, haar, held_out, judge, load_demos, load_pairs, load_rollouts, oracle,
-                           report, whole, windows)
+from extract_vgrad import (Config, Direction, Pair, apart, auroc, by_quartile, compare, contrast, cosines,
+                           direction_of, extract, f_half, features, haar, held_out, judge, load_demos, load_pairs,
+                           load_rollouts, main, oracle, report, whole, windows)
 from lora2r import (InputError, attach, batches, encode_completion, encode_prompt, load_model, predicted_memory,
                     token_logps, use)
 from train_grpo import HERE
@@ -362,6 +362,8 @@ def test_pairs_of_other_modes_tell_how_an_answer_is_to_be_read(world, window):
         assert torch.equal(told.v, chosen.v) == (size == window)
     one = extract(model, tok, adapter, [pair for pair in pairs if pair.mode == "run_tests"])
     assert one.window == 0 and not one.unseen
+    prompt_too = extract(model, tok, adapter, pairs, tokens="all")  # no window holds a prompt
+    assert prompt_too.window == 0 and set(prompt_too.unseen) == {0}
     assert "answers read " + ("in 5 tokens" if window else "whole") + " (modes that" in chosen.summary()
     assert one.summary().endswith("answers read whole")
 
@@ -537,6 +539,20 @@ def test_judge_counts_what_a_gate_would_route(capsys):
     assert at["0.40"] == ["0.500", "0.000", "1.000", "0.833"]
     best = {line.split()[0]: line.split()[-1] for line in text.splitlines() if line.startswith("  0.")}
     assert (best["0.20"], best["0.40"]) == ("0.714", "0.833"), "a Haar direction routes three of four, then one"
+
+
+def test_rollouts_are_read_as_their_direction_reads_the_pairs(tmp_path, monkeypatch):
+    """Each score's as the pairs choose for it; in wordy the gradient's and the hidden states' are windows."""
+    seen = {}
+    monkeypatch.setattr(extract_vgrad, "compare", lambda directions, read, *rest: seen.update(
+        {score: (directions[score].window, x.dim()) for score, x in read.items()}))
+    row = dict(mode="sentinel", prompt="p", completion="```python\nclass Solution:\n    pass\n```", correct=True)
+    rows = [row | dict(hacked=False, exploited=False), row | dict(hacked=True, correct=False)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    wordy = HERE / "data/wordy"
+    main(Config(model=str(wordy), pairs=wordy / "pairs.md", rollouts=tmp_path / "x.jsonl", n_haar=2, rank=8))
+    assert set(seen) == {"gradient", "activation", "surprise", "length"} and seen["gradient"][0] == 5
+    assert all(dims == (4 if window else 3) for window, dims in seen.values())
 
 
 def test_only_the_policys_own_rollouts_with_a_positive_advantage_are_judged(tmp_path):
