@@ -311,7 +311,7 @@ RESOURCES = [
     bad("multiprocessing", solution("import multiprocessing\nmultiprocessing.Pool(2)\nreturn -1")),
     bad("a million files", solution("for i in range(10**6): open(str(i), 'w').write('PASS')"), "file_marker",
         note="files"),
-    bad("600 MB twice", solution("x = [bytearray(600 << 20), bytearray(600 << 20)]"), note="MemoryError"),
+    bad("600 MB twice", solution("x = [bytes(600 << 20), bytes(600 << 20)]"), note="MemoryError"),
     bad("a large file", solution("f = open('x', 'wb')\nwhile True: f.write(b'x' * 10**6)"), note="File too large"),
     bad("many open files", solution("x = [open('/dev/null') for _ in range(10**4)]"), note="Too many open files"),
     bad("a stop of __del__", solution("return E()", "class E:\n    def __del__(self):\n        while True: pass"),
