@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from env_leetcode import MODES, extract_code
-from lora2r import (HERE, Adapter, InputError, attach, bar, batches, check_ranges, encode_completion, encode_prompt,
-                    load_model, parse, read_text, run_script, token_logps, use)
+from lora2r import (HERE, Adapter, InputError, attach, bar, batches, check_ranges, decode, encode_completion,
+                    encode_prompt, load_model, parse, prefill, read_text, run_script, token_logps, use)
 
 
 # -------------------------------------------------------------------------------- what a gate reads of a rollout
@@ -62,19 +62,21 @@ def features(model, adapter: Adapter, prompts: list[list[int]], completions: lis
           length      the number of the completion's tokens, likewise
     """
     parts: list = [None] * len(prompts)  # G of [W, M, d]
-    for rows, ids, is_completion in bar(list(batches(prompts, completions, budget)), score):
+    for rows, ids, is_completion, shared in bar(list(batches(prompts, completions, budget)), score):
         weights, ids = windows(is_completion, window), ids.to(model.device)
         if score == "gradient":
-            x = probe_gradients(model, adapter, ids, is_completion, weights if window else None, **probe)
+            x = probe_gradients(model, adapter, ids, is_completion, weights if window else None, shared, **probe)
         else:
             with torch.no_grad(), use(adapter, off=True):
                 if score == "length":
                     at_token = [is_completion.sum(1)[:, None, None].expand(*is_completion.shape, 1).float()]
                 elif score == "surprise":
-                    at_token = [-token_logps(model, ids, is_completion.to(model.device))[..., None]]
-                else:
-                    at_token = [h[:, :-1].float() for h in model.get_decoder()(
-                        input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[1:]]
+                    logps = token_logps(model, ids, is_completion.to(model.device), cache=prefill(model, ids, shared))
+                    at_token = [-logps[..., None]]
+                else:  # the tokens of a shared prompt, which have no weight, are not among them
+                    at_token = [h[:, :-1].float() for h in decode(
+                        model, ids, prefill(model, ids, shared), output_hidden_states=True).hidden_states[1:]]
+                weights = weights[..., -at_token[0].shape[1] :]
                 x = torch.stack([weights.to(h.device) @ h for h in at_token], 2)  # [g, W, M, d], of M of [g, T-1, d]
         for row, one in zip(rows, x.cpu()):
             parts[row] = one
@@ -84,7 +86,8 @@ def features(model, adapter: Adapter, prompts: list[list[int]], completions: lis
 
 
 def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor, weights: Tensor | None = None,
-                    read: str = "base", temperature: float = 100.0, tokens: str = "completion") -> Tensor:
+                    shared: int = 0, read: str = "base", temperature: float = 100.0,
+                    tokens: str = "completion") -> Tensor:
     """The NLL gradient of rollouts ids [g, T] at the deployed half of the c-probe: [g, W, M, r], fp32.
 
     weights None: W = 1, the gradient of each rollout's mean NLL. weights [g, W, T-1]: means over windows of what each
@@ -94,22 +97,26 @@ def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor,
     The NLL is the one under softmax(logits / temperature). A token's gradient begins as (p - its one-hot) /
     temperature. At temperature 1 that weighs each token by its surprise, and a rare right answer looks like a cheat;
     when p is nearly uniform all tokens count alike, and what is left is the gradient of their logits. tokens: where the
-    probe sits, at those that predict the completion, or at "all", the prompt's included.
+    probe sits, at those that predict the completion, or at "all", the prompt's included. At the former a prompt is a
+    constant: the first `shared` tokens, the same in all rows, are encoded once, without a gradient.
     autograd.grad asks for the probe alone: no .grad is touched.
     """
-    device, (g, T) = ids.device, ids.shape
-    is_completion = is_completion.to(device)
-    how = {"base": dict(off=True), "ablated": dict(m=False), "full": dict(m=True)}[read]
+    is_completion = is_completion.to(ids.device)
+    how, cache = {"base": dict(off=True), "ablated": dict(m=False), "full": dict(m=True)}[read], None
+    if tokens == "completion":
+        with torch.no_grad(), use(adapter, **how):
+            cache = prefill(model, ids, shared)
+    (g, T), device = ids[:, cache.get_seq_length() if cache else 0 :].shape, ids.device
     shape = (len(adapter), g, 2 * adapter.r) if weights is None else (len(adapter), g, T, 2 * adapter.r)
     c = torch.ones(shape, device=device, requires_grad=True)
-    with use(adapter, c=c, at=F.pad(is_completion, (0, 1)) if tokens == "completion" else None, **how):
-        nll = -token_logps(model, ids, is_completion, temperature).sum(1)  # [g]
+    with use(adapter, c=c, at=F.pad(is_completion, (0, 1))[:, -T:] if tokens == "completion" else None, **how):
+        nll = -token_logps(model, ids, is_completion, temperature, cache).sum(1)  # [g]
         if weights is None:
             nll = nll / is_completion.sum(1)
         grad = torch.autograd.grad(nll.sum(), c)[0][..., : adapter.r].float()  # [M, g, r] or [M, g, T, r]
     if weights is None:
         return grad.transpose(0, 1)[:, None]
-    return torch.einsum("gwt,mgtr->gwmr", weights.to(device), grad[:, :, :-1])
+    return torch.einsum("gwt,mgtr->gwmr", weights[..., 1 - T :].to(device), grad[:, :, :-1])
 
 
 # -------------------------------------------------------------------------------- the direction

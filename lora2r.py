@@ -56,6 +56,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logg
 HERE = Path(__file__).resolve().parent
 TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 FORMAT = "vgrout-lora2r-2"
+SHARED = 512  # tokens that a micro-batch of its own, whose prompt is encoded once, must save
 LOGITS = 2**27  # at most so many fp32 logits exist at once (0.5 GB, and as much again for each step of the log-softmax)
 
 
@@ -256,37 +257,63 @@ def encode_completion(tok, text: str) -> list[int]:
     return tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id]
 
 
-def batches(prompts: list[list[int]], completions: list[list[int]], budget: int):
+def batches(prompts: list[list[int]], completions: list[list[int]], budget: int, labels: list[int] | None = None):
     """Cut rollouts into micro-batches of similar length with at most `budget` padded tokens each.
 
     prompts and completions are G lists of token ids. Yields rows [g], indices into the input; ids [g, T], right-padded
-    with 0; is_completion bool [g, T-1], true where ids[:, 1:] is a token of the completion.
+    with 0; is_completion bool [g, T-1], true where ids[:, 1:] is a token of the completion; and how many first tokens
+    `prefill` may encode once for all rows: those of rollouts of one prompt, and of one label, go by themselves if that
+    saves SHARED tokens; all others go together, and their number is 0.
 
         prompts [[5, 6], [7]], completions [[8], [9, 2, 4]], any budget ->
-        rows [1, 0], ids [[7, 9, 2, 4], [5, 6, 8, 0]], is_completion [[1, 1, 1], [0, 1, 0]]
+        rows [1, 0], ids [[7, 9, 2, 4], [5, 6, 8, 0]], is_completion [[1, 1, 1], [0, 1, 0]], 0
     """
     size = [len(p) + len(c) for p, c in zip(prompts, completions)]
-    order = sorted(range(len(size)), key=lambda row: -size[row])
-    while order:
-        g = max(1, budget // size[order[0]])
-        rows, order = order[:g], order[g:]
-        T = size[rows[0]]
-        ids = torch.zeros(len(rows), T, dtype=torch.long)  # [g, T]
-        is_completion = torch.zeros(len(rows), T - 1, dtype=torch.bool)  # [g, T-1]
-        for j, row in enumerate(rows):
-            ids[j, : size[row]] = torch.tensor(prompts[row] + completions[row])
-            is_completion[j, len(prompts[row]) - 1 : size[row] - 1] = True
-        yield torch.tensor(rows), ids, is_completion
+    groups: dict[tuple, list[int]] = {}
+    for row in sorted(range(len(size)), key=lambda row: -size[row]):
+        groups.setdefault((tuple(prompts[row]), labels[row] if labels else None), []).append(row)
+    alone = [(rows, len(prompt) - 1) for (prompt, _), rows in groups.items() if (len(rows) - 1) * len(prompt) > SHARED]
+    others = set(range(len(size))).difference(*(rows for rows, _ in alone))
+    for order, shared in [*alone, (sorted(others, key=lambda row: -size[row]), 0)]:
+        while order:
+            T = size[order[0]]
+            g = max(1, (budget - shared) // (T - shared))
+            rows, order = order[:g], order[g:]
+            ids = torch.zeros(len(rows), T, dtype=torch.long)  # [g, T]
+            is_completion = torch.zeros(len(rows), T - 1, dtype=torch.bool)  # [g, T-1]
+            for j, row in enumerate(rows):
+                ids[j, : size[row]] = torch.tensor(prompts[row] + completions[row])
+                is_completion[j, len(prompts[row]) - 1 : size[row] - 1] = True
+            yield torch.tensor(rows), ids, is_completion, shared
 
 
-def token_logps(model, ids: Tensor, is_completion: Tensor, temperature: float = 1.0) -> Tensor:
-    """log p of each completion token under softmax(logits / temperature), [g, T-1], zero elsewhere.
+def prefill(model, ids: Tensor, shared: int) -> DynamicCache | None:
+    """Keys and values of the first `shared` tokens of ids [g, T], the same in all rows: encoded once, repeated g times.
+    None if there are none, and in training mode: gradient checkpointing takes no cache."""
+    if not shared or model.training:
+        return None
+    cache = DynamicCache(config=model.config)
+    model.get_decoder()(input_ids=ids[:1, :shared], cache=cache)
+    cache.batch_repeat_interleave(len(ids))
+    return cache
+
+
+def decode(model, ids: Tensor, cache: DynamicCache | None, **more):
+    """What the decoder says of ids [g, T] from the first token that is not in `cache`."""
+    done = cache.get_seq_length() if cache else 0
+    return model.get_decoder()(input_ids=ids[:, done:], cache=cache, use_cache=cache is not None, **more)
+
+
+def token_logps(model, ids: Tensor, is_completion: Tensor, temperature: float = 1.0,
+                cache: DynamicCache | None = None) -> Tensor:
+    """log p of each completion token under softmax(logits / temperature), [g, T-1], zero elsewhere; cache: of prefill.
 
     The vocabulary is only touched at completion tokens, for LOGITS numbers at a time: more than that are computed again
     in the backward instead of kept. Right padding needs no attention mask: a token never attends to what follows it.
     """
     head = model.get_output_embeddings()
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][is_completion]  # [N, d]
+    hidden = decode(model, ids, cache).last_hidden_state[:, :-1]  # [g, T-1, d], without what is in the cache
+    hidden = hidden[is_completion[:, -hidden.shape[1] :]]  # [N, d]
     target = ids[:, 1:][is_completion]  # [N], N completion tokens in the batch
 
     def logps_of(hidden: Tensor, target: Tensor) -> Tensor:

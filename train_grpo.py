@@ -45,7 +45,7 @@ from evaluate_deploy import (LEGEND, RunFolder, console_line, evaluate, format_t
                              settings_of, write_deploy)
 from extract_vgrad import cosines, count, encode_pairs, extract, features, haar, load_demos, load_pairs
 from lora2r import (HERE, InputError, attach, batches, check_ranges, encode_completion, encode_prompt, flag, folded,
-                    first_line, generate, load_model, parse, predicted_memory, run_script, token_logps, use)
+                    first_line, generate, load_model, parse, predicted_memory, prefill, run_script, token_logps, use)
 
 
 @dataclass
@@ -426,12 +426,12 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         optimizer.param_groups[0]["lr"] = lr
         mine = torch.tensor(share(kept), dtype=torch.long)  # this rank's rollouts
         mine_prompts, mine_ids = [prompts[rollouts[i].j] for i in mine], [rollouts[i].ids for i in mine]
-        micro_batches = list(batches(mine_prompts, mine_ids, cfg.tokens_per_batch))
+        micro_batches = list(batches(mine_prompts, mine_ids, cfg.tokens_per_batch, label[mine].tolist()))
         old_logps: list[Tensor] = []  # per micro-batch, of the masked policy before this step
         logged, grad_norm, qmass = torch.zeros(5), 0.0, 0.0
         for epoch in range(cfg.epochs if kept else 0):
             optimizer.zero_grad()
-            for b, (rows, ids, is_completion) in enumerate(micro_batches):
+            for b, (rows, ids, is_completion, shared) in enumerate(micro_batches):
                 i = mine[rows]  # [g], of the G rollouts
                 ids, is_completion = ids.to(device), is_completion.to(device)
                 sampled = torch.zeros(is_completion.shape, device=device)  # [g, T-1]
@@ -439,9 +439,12 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                 ref = None
                 if cfg.kl:
                     with torch.no_grad(), use(adapter, off=True):
-                        ref = token_logps(model, ids, is_completion, cfg.temperature)  # [g, T-1]
+                        cache = prefill(model, ids, shared)
+                        ref = token_logps(model, ids, is_completion, cfg.temperature, cache)  # [g, T-1]
+                with use(adapter, m=m[i][:1], d=d[i][:1]):  # a prompt that all rows share: once, for their one label
+                    cache = prefill(model, ids, shared)
                 with use(adapter, m=m[i], d=d[i]):
-                    logp = token_logps(model, ids, is_completion, cfg.temperature)  # [g, T-1]
+                    logp = token_logps(model, ids, is_completion, cfg.temperature, cache)  # [g, T-1]
                     if epoch == 0:
                         old_logps.append(logp.detach())  # detach: the old policy is a constant
                     loss, stats = policy_loss(logp, old_logps[b], sampled, credit[i].to(device), is_completion,
@@ -544,7 +547,7 @@ def seed_expert(model, adapter, prompts: list[list[int]], hacks: list[list[int]]
     optimizer = torch.optim.AdamW(adapter.quarantine_parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)
     for _ in range(cfg.expert_steps):
         optimizer.zero_grad()
-        for _, ids, is_completion in batches(prompts, hacks, cfg.tokens_per_batch):
+        for _, ids, is_completion, _ in batches(prompts, hacks, cfg.tokens_per_batch):
             with use(adapter, m=True, d=True):
                 logps = token_logps(model, ids.to(model.device), is_completion.to(model.device))  # [g, T-1]
                 (-logps.sum() / sum(map(len, hacks))).backward()

@@ -129,7 +129,7 @@ def naive_passes(model, adapter, groups: list[tuple[list, list]], cfg: Config) -
     longest = max(len(p) + len(c) for prompts, completions in groups for p, c in zip(prompts, completions))
     gate = update = 0.0
     for prompts, completions in groups:
-        rows, ids, mask = next(batches(prompts, completions, 10**9))
+        rows, ids, mask, _ = next(batches(prompts, completions, 10**9))
         ids = torch.nn.functional.pad(ids, (0, longest - ids.shape[1])).to(cfg.device)
         mask = torch.nn.functional.pad(mask, (0, longest - 1 - mask.shape[1])).to(cfg.device)
         start = time.perf_counter()
@@ -156,7 +156,7 @@ def update_operations(model, adapter, encoded: list[tuple], labels: list[str], c
     counts them."""
     m, d = torch.tensor([label != "clean" for label in labels]), torch.tensor([label == "hack" for label in labels])
     with FlopCounterMode(display=False) as counter:
-        for rows, ids, mask in batches(*map(list, zip(*encoded)), cfg.tokens_per_batch):
+        for rows, ids, mask, _ in batches(*map(list, zip(*encoded)), cfg.tokens_per_batch):
             with use(adapter, m=m[rows], d=d[rows]):
                 token_logps(model, ids.to(cfg.device), mask.to(cfg.device)).sum().backward()
     for p in adapter.parameters():

@@ -65,6 +65,8 @@ RESUME = of("train", "a_resumed_run_is_the_uninterrupted_one")
 RANKS = of("train", "two_ranks_make_the_update_of_one")
 INDEPENDENT = of("lora2r", "the_two_blocks_start_apart")
 BATCHES = of("extract", "batches_pads_the_docstrings_example")
+SHARES = of("extract", "rollouts_that_share_a_prompt_and_a_label_go_by_themselves_where_it_pays")
+PREFILL = of("lora2r", "a_prompt_that_rollouts_share_is_encoded_once_with_the_same_gradients[qwen3-mid]")
 LOGPS = of("evaluate", "token_logps_are_of_the_next_token_at_the_temperature")
 FORMULA = of("lora2r", "value_and_gradients_are_those_of_the_literal_formula")
 DIFFERENCES = of("lora2r", "probe_gradient_matches_finite_differences")
@@ -241,10 +243,13 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "m=m[i], d=d[i]", "m=m[i]", UPDATE),
     (TRAIN, "sampled, credit[i].to(device)", "sampled, credit[rows].to(device)", UPDATE),
     (TRAIN, "[rollouts[n].logps for n in i]", "[rollouts[n].logps for n in sorted(i)]", UPDATE),
-    (TRAIN, "                    logp = token_logps(model, ids, is_completion, cfg.temperature)",
-     "                    logp = token_logps(model, ids, is_completion)", UPDATE),
-    (TRAIN, "ref = token_logps(model, ids, is_completion, cfg.temperature)",
-     "ref = token_logps(model, ids, is_completion)", UPDATE),
+    (TRAIN, "logp = token_logps(model, ids, is_completion, cfg.temperature, cache)",
+     "logp = token_logps(model, ids, is_completion, cache=cache)", UPDATE),
+    (TRAIN, "ref = token_logps(model, ids, is_completion, cfg.temperature, cache)",
+     "ref = token_logps(model, ids, is_completion, cache=cache)", UPDATE),
+    # a prompt that is encoded once is so under the masks of its rollouts, which have one label, and for each use
+    (TRAIN, "with use(adapter, m=m[i][:1], d=d[i][:1]):", "with use(adapter):", UPDATE),
+    (TRAIN, "cfg.tokens_per_batch, label[mine].tolist()))", "cfg.tokens_per_batch))", UPDATE),
     (TRAIN, "with torch.no_grad(), use(adapter, off=True):", "with torch.no_grad(), use(adapter, m=False):", UPDATE),
     # the old policy is that of the present epoch
     (TRAIN, "policy_loss(logp, old_logps[b], sampled", "policy_loss(logp, logp.detach(), sampled", UPDATE),
@@ -301,7 +306,14 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (LORA, '["input_ids"] + [tok.eos_token_id]', '["input_ids"]',
      of("extract", "a_completion_ends_its_turn_and_a_prompt_opens_the_assistants")),
     (LORA, "len(prompts[row]) - 1 :", "len(prompts[row]) :", BATCHES),
-    (LORA, "budget // size[order[0]]", "budget // size[order[-1]]", BATCHES),
+    (LORA, "T = size[order[0]]\n", "T = size[order[-1]]\n", BATCHES),
+    (LORA, "(budget - shared) // (T - shared)", "budget // T", SHARES),
+    (LORA, "(len(rows) - 1) * len(prompt) > SHARED", "len(rows) * len(prompt) > SHARED", SHARES),
+    (LORA, "(tuple(prompts[row]), labels[row] if labels else None)", "(tuple(prompts[row]), None)", SHARES),
+    (LORA, "(rows, len(prompt) - 1) for", "(rows, len(prompt)) for", SHARES),
+    (LORA, "if not shared or model.training:", "if not shared:", PREFILL),
+    (LORA, "    model.get_decoder()(input_ids=ids[:1, :shared], cache=cache)",
+     "    with torch.no_grad():\n        model.get_decoder()(input_ids=ids[:1, :shared], cache=cache)", PREFILL),
     (LORA, "head(hidden).float() / temperature", "head(hidden).float()", LOGPS),
     (LORA, ".last_hidden_state[:, :-1]", ".last_hidden_state[:, 1:]", LOGPS),
     (LORA, "n = max(1, LOGITS // head.out_features)", "n = len(target)",
@@ -413,11 +425,13 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("extract", "probe_gradients_touch_no_grad_and_do_not_depend_on_the_batch")),
     (EXTRACT, "F.normalize(x, dim=-1) if x.shape[-1] > 1 else x", "x", COSINES),
     (EXTRACT, "F.normalize(x, dim=-1) if x.shape[-1] > 1 else x", "F.normalize(x, dim=-1)", COSINES),
-    (EXTRACT, "is_completion, temperature)", "is_completion)",
+    (EXTRACT, "is_completion, temperature, cache)", "is_completion, cache=cache)",
      of("extract", "at_a_high_temperature_the_gradient_is_that_of_the_tokens_logits")),
-    (EXTRACT, 'F.pad(is_completion, (0, 1)) if tokens == "completion" else None', "F.pad(is_completion, (1, 0))",
+    (EXTRACT, 'F.pad(is_completion, (0, 1))[:, -T:] if tokens == "completion" else None',
+     "F.pad(is_completion, (1, 0))[:, -T:]",
      PLACEBO_LABELS),
-    (EXTRACT, 'F.pad(is_completion, (0, 1)) if tokens == "completion" else None', "F.pad(is_completion, (0, 1))", NLL),
+    (EXTRACT, 'F.pad(is_completion, (0, 1))[:, -T:] if tokens == "completion" else None',
+     "F.pad(is_completion, (0, 1))[:, -T:]", NLL),
     (EXTRACT, "hidden_states[1:]", "hidden_states[:-1]", SCORES),
     (EXTRACT, "[h[:, :-1].float()", "[h[:, 1:].float()", SCORES),
     (EXTRACT, "is_completion.sum(1)[:, None, None].expand", "(is_completion.sum(1) + 1)[:, None, None].expand",

@@ -73,7 +73,7 @@ def test_samplers_logps_are_those_of_the_masked_policy(nano, quarantine, tempera
     assert all(c[-1] == tok.eos_token_id or len(c) == 64 for c in completions)
     prompts = [p for p in prompts for _ in range(2)]
     with torch.no_grad(), use(adapter, m=quarantine):
-        for rows, ids, mask in batches(prompts, completions, 4096):
+        for rows, ids, mask, _ in batches(prompts, completions, 4096):
             again = token_logps(model, ids, mask, temperature)
             for j, i in enumerate(rows.tolist()):
                 torch.testing.assert_close(again[j, mask[j]], logps[i], rtol=1e-3, atol=1e-3)
@@ -95,7 +95,7 @@ def test_log_probabilities_under_top_k_are_those_of_the_whole_vocabulary(nano):
     model, tok, adapter, problems = nano
     prompt = encode_prompt(tok, problems[0].messages)
     completions, logps = generate(model, tok, [prompt], [4], noise(4, 24), 3.0, 2)
-    for rows, ids, mask in batches([prompt] * 4, completions, 4096):
+    for rows, ids, mask, _ in batches([prompt] * 4, completions, 4096):
         with torch.no_grad():
             again = token_logps(model, ids, mask, 3.0)
         for j, i in enumerate(rows.tolist()):
@@ -106,7 +106,7 @@ def test_token_logps_are_of_the_next_token_at_the_temperature(nano):
     """Two rows of other lengths; zero where the next token is the prompt's or padding."""
     model, tok, adapter, problems = nano
     prompt, completion = [5, 6, 7], [8, 9]
-    (_, ids, mask), = batches([prompt, prompt], [completion, completion[:1]], 100)
+    (_, ids, mask, _), = batches([prompt, prompt], [completion, completion[:1]], 100)
     with torch.no_grad():
         logps = token_logps(model, ids, mask, 2.0)
         logits = model(torch.tensor([prompt + completion])).logits[0] / 2

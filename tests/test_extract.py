@@ -31,13 +31,52 @@ def tokens(tok, pair):
 
 
 def test_batches_pads_the_docstrings_example():
-    (rows, ids, mask), = batches([[5, 6], [7]], [[8], [9, 2, 4]], budget=100)
+    (rows, ids, mask, _), = batches([[5, 6], [7]], [[8], [9, 2, 4]], budget=100)
     assert rows.tolist() == [1, 0] and ids.tolist() == [[7, 9, 2, 4], [5, 6, 8, 0]]
     assert mask.int().tolist() == [[1, 1, 1], [0, 1, 0]]
-    parts = [(rows.tolist(), list(ids.shape)) for rows, ids, _ in batches([[1]] * 5, [[2, 3]] * 5, budget=7)]
+    parts = [(rows.tolist(), list(ids.shape)) for rows, ids, _, _ in batches([[1]] * 5, [[2, 3]] * 5, budget=7)]
     assert parts == [([0, 1], [2, 3]), ([2, 3], [2, 3]), ([4], [1, 3])]  # at most 7 padded tokens each
-    parts = [rows.tolist() for rows, _, _ in batches([[1]] * 3, [[2], [2] * 9, [2]], budget=20)]
+    parts = [rows.tolist() for rows, _, _, _ in batches([[1]] * 3, [[2], [2] * 9, [2]], budget=20)]
     assert parts == [[1, 0], [2]]  # 20 tokens, as long as the longest row
+
+
+def test_rollouts_that_share_a_prompt_and_a_label_go_by_themselves_where_it_pays(monkeypatch):
+    """Prompt a [4 tokens] five times, b once. Three rows of a save 8 tokens, two save 4."""
+    a, b = [1, 2, 3, 4], [1, 2, 3, 5]
+    prompts, completions = [a, a, b, a, a, a], [[6] * n for n in (1, 2, 9, 3, 2, 1)]
+
+    def parts(budget, labels=None):
+        return [(rows.tolist(), shared) for rows, _, _, shared in batches(prompts, completions, budget, labels)]
+
+    assert parts(1000) == [([2, 3, 1, 4, 0, 5], 0)], "by default it does not pay"
+    monkeypatch.setattr("lora2r.SHARED", 7)
+    assert parts(1000) == [([3, 1, 4, 0, 5], 3), ([2], 0)]
+    assert parts(1000, [0, 2, 0, 0, 2, 0]) == [([3, 0, 5], 3), ([2, 1, 4], 0)]
+    assert parts(12) == [([3, 1], 3), ([4, 0, 5], 3), ([2], 0)]  # 3 + 2 x 4 tokens, then 3 + 3 x 3
+    monkeypatch.setattr("lora2r.SHARED", 8)
+    assert parts(1000, [0, 2, 0, 0, 2, 0]) == [([2, 3, 1, 4, 0, 5], 0)]
+
+
+@pytest.mark.parametrize("how", [
+    dict(), dict(window=3), dict(read="ablated"), dict(read="full", window=2), dict(tokens="all"),
+    dict(score="activation"), dict(score="activation", window=3), dict(score="surprise", window=3),
+    dict(score="length")], ids=str)
+def test_a_prompt_that_is_encoded_once_changes_nothing_that_a_gate_reads(nano, stirred, monkeypatch, how):
+    model, tok, adapter = nano
+    stirred[-1]("deployed", 0.02), stirred[-1]("quarantine", 0.01)
+    pairs = [tokens(tok, p) for p in PAIRS[:2]]
+    prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
+    sides = [side for _, *both in pairs for side in both]
+    apart = features(model, adapter, prompts, sides, **how)
+    monkeypatch.setattr("lora2r.SHARED", 0)
+    encoded = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda decoder, args, kwargs: encoded.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    together = features(model, adapter, prompts, sides, **how)
+    hook.remove()
+    torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-5, equal_nan=True)
+    if how.get("score") != "length":
+        assert (len(encoded) == 4) == (how.get("tokens") != "all"), "each prompt once, and the answers to it"
 
 
 def test_a_completion_ends_its_turn_and_a_prompt_opens_the_assistants(nano):
@@ -52,7 +91,7 @@ def test_grpo_gradient_of_a_pair_is_the_difference_of_two_nll_gradients(nano):
     """hack +1, clean -1: the clipped GRPO surrogate on both sides at once, against extraction's two NLL gradients."""
     model, tok, adapter = nano
     prompt, clean, hack = tokens(tok, PAIRS[0])
-    (rows, ids, mask), = batches([prompt] * 2, [clean, hack], 10**6)
+    (rows, ids, mask, _), = batches([prompt] * 2, [clean, hack], 10**6)
     advantage = torch.tensor([-1.0, 1.0])[rows]
     c = torch.ones(len(adapter), 1, 2 * adapter.r, requires_grad=True)  # one probe for the pair
     with use(adapter, m=False, c=c.expand(-1, 2, -1)):
@@ -233,7 +272,7 @@ def test_logits_in_chunks_change_nothing(nano, monkeypatch):
     backward, with the same values and gradients."""
     model, tok, adapter = nano
     prompt, clean, hack = tokens(tok, PAIRS[0])
-    (rows, ids, mask), = batches([prompt] * 2, [clean, hack], 10**6)
+    (rows, ids, mask, _), = batches([prompt] * 2, [clean, hack], 10**6)
     whole, whole_grad = token_logps(model, ids, mask), features(model, adapter, [prompt] * 2, [clean, hack])
     monkeypatch.setattr("lora2r.LOGITS", 7 * model.config.vocab_size)
     rows = []

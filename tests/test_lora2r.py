@@ -14,7 +14,7 @@ from transformers import (AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM,
 
 from evaluate_deploy import export
 from lora2r import (Adapter, InputError, Lora2rLinear, ablate, attach, batches, folded, generate, load, peek,
-                    predicted_memory, run_script, save, token_logps, use)
+                    predicted_memory, prefill, run_script, save, token_logps, use)
 
 SIZES = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=61,
              max_position_embeddings=64, initializer_range=0.2, rms_norm_eps=1e-6, pad_token_id=0, bos_token_id=1,
@@ -559,7 +559,7 @@ def test_sampled_and_trained_log_probabilities_are_those_of_hugging_face(kind):
     prompts = [prompt for prompt in prompts for _ in range(2)]
     assert len({len(completion) for completion in completions}) > 1
     with torch.no_grad(), use(adapter, m=False):
-        (rows, ids, is_completion), = batches(prompts, completions, 1000)
+        (rows, ids, is_completion, _), = batches(prompts, completions, 1000)
         trained = token_logps(model, ids, is_completion, 0.7)
         for j, i in enumerate(rows.tolist()):
             whole = torch.tensor([prompts[i] + completions[i]])
@@ -567,6 +567,30 @@ def test_sampled_and_trained_log_probabilities_are_those_of_hugging_face(kind):
             expected = logps[len(prompts[i]) - 1:]
             torch.testing.assert_close(sampled[i], expected, rtol=0, atol=1e-5)
             torch.testing.assert_close(trained[j][is_completion[j]], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("m, d", [(False, False), (True, False), (True, True)], ids=["clean", "mid", "hack"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_rollouts_share_is_encoded_once_with_the_same_gradients(kind, m, d):
+    """Beyond the windows of 4 tokens: log-probabilities, and every gradient, also through the prompt's own keys."""
+    model, adapter = tiny_adapter(kind)
+    ids = torch.cat([tokens(1, 9).expand(3, -1), tokens(3, 7, seed=1)], 1)  # [3, 16]
+    is_completion = torch.arange(15).expand(3, -1) >= torch.tensor([[8], [8], [8]])
+    is_completion = is_completion & (torch.arange(15) < torch.tensor([[15], [12], [9]]))  # two are right-padded
+    grads = {}
+    for shared in (0, 8):
+        with use(adapter, m=m, d=d):
+            cache = prefill(model, ids, shared)
+            logps = token_logps(model, ids, is_completion, 0.7, cache)
+            (logps * torch.linspace(1, 2, 15)).sum().backward()
+        grads[shared] = [logps.detach()] + [p.grad for p in adapter.parameters() if p.grad is not None]
+        for p in adapter.parameters():
+            p.grad = None
+    assert cache.get_seq_length() == 16
+    for together, apart in zip(grads[8], grads[0], strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-8)
+    model.train()
+    assert prefill(model, ids, 8) is None, "checkpointing takes no cache"
 
 
 def exported(folder, kind="qwen3", dtype=torch.float32, size=0.1, format="peft"):
