@@ -2,7 +2,8 @@
 
     python evaluate_deploy.py runs/routeV_seed0                      # one checkpoint
     python evaluate_deploy.py runs/*_seed* --plot figure.png         # many: one table over arms and seeds, and a figure
-    python evaluate_deploy.py runs/*_seed* --results arms.jsonl   # no evaluation: means over seeds of what was
+    python evaluate_deploy.py runs/*_seed* --results arms.jsonl      # no evaluation: means over seeds of what was
+    python evaluate_deploy.py --results arms.jsonl --curves all.png  # ... and learning curves by arm, gates' AUROC
     python evaluate_deploy.py runs/*_seed* --curves curves.png       # no evaluation: learning curves of the logs
     python evaluate_deploy.py runs/routeV_seed0 --browse run.html    # no evaluation: its rollouts, to read in a browser
     python evaluate_deploy.py runs/routeV_seed0 --export folder      # no evaluation: the deployed model, as a PEFT LoRA
@@ -96,16 +97,20 @@ def format_table(runs: list[tuple[str, int, dict]]) -> str:
 
 # -------------------------------------------------------------------------------------- many runs, from files alone
 def keep_results(folders: list[Path], path: Path) -> list[dict]:
-    """Add deploy.json and the last step's metrics of runs to the JSONL file `path`, a row a run, each in the place of
-    an older row of its arm and seed. Returns all rows. Raises InputError for a run that has none, or another file."""
+    """Add deploy.json, the last step's metrics and the curves of runs to the JSONL file `path`, a row a run, each in
+    the place of an older row of its arm and seed. Returns all rows. Raises InputError for a run that has none, or
+    another file."""
     try:
         text = read_text("--results", path, "name a new file, or one of results") if path.exists() else ""
         rows = {(row["arm"], row["seed"]): row for row in map(json.loads, text.splitlines())}
         for folder in folders:
             deploy, metrics = (read_text("", folder / name, "let the run come to its end")
                                for name in ("deploy.json", "metrics.jsonl"))
-            row, last = json.loads(deploy), json.loads(metrics.splitlines()[-1])
-            rows[row["arm"], row["seed"]] = dict(**row, config=hash_of(folder / "config.json"), last=last)
+            row, steps = json.loads(deploy), [json.loads(line) for line in metrics.splitlines()]
+            row |= dict(config=hash_of(folder / "config.json"), last=steps[-1])
+            row["curve"] = {name.removeprefix("gate_"): [step[name] and round(step[name], 3) for step in steps]
+                            for name in ("deployed_solve", "deployed_hack", "gate_auroc")}
+            rows[row["arm"], row["seed"]] = row
     except (ValueError, KeyError, TypeError, IndexError) as e:
         raise InputError(f"--results {path}: it or a run is damaged ({e!r}); give finished runs and a file of "
                          "results") from e
@@ -245,30 +250,69 @@ def over_steps(runs: list[list[dict]], name: str) -> list[tuple[int, float, floa
     return [(step, mean(seeds), min(seeds), max(seeds)) for step, seeds in sorted(values.items())]
 
 
-def plot_curves(arms: dict[str, list[list[dict]]], path: Path) -> None:
-    """Solve and hack rates of a step's rollouts over steps, of what would ship and of both blocks; a line an arm."""
+def panels_of_runs(arms: dict[str, list[list[dict]]]) -> list[list[tuple]]:
+    """arms: rows of metrics.jsonl, a list a seed -> panels for `plot_curves`: solve, under it hack, of what would ship
+    and beside it of both blocks; a line an arm."""
+    policies = {"deployed_": "deployed: quarantine ablated, what ships", "": "full policy: with its quarantine"}
+    return [[(f"{rate} rate, {policy}", "", [
+        (f"{arm} ({len(runs)} seed{'s' * (len(runs) > 1)})", over_steps(runs, prefix + rate), f"C{i}")
+        for i, (arm, runs) in enumerate(arms.items())]) for prefix, policy in policies.items()]
+        for rate in ("solve", "hack")]
+
+
+def panels_of_rows(rows_of: dict[str, list[dict]]) -> list[list[tuple]]:
+    """rows_of: rows of `keep_results` by world -> panels for `plot_curves`: each world's arms under each other, their
+    solve, hack and AUROC side by side; in grey the world's other arms, for an AUROC those that route at random. Rows
+    without curves are left out. Raises InputError if none has any."""
+    titles = dict(deployed_solve="solve, deployed", deployed_hack="hack, deployed", auroc="AUROC of the gate")
+    grid = []
+    for world, rows in rows_of.items():
+        runs_of = {}  # {arm: rows like those of metrics.jsonl, a list a seed}
+        for row in (row for row in rows if "curve" in row):
+            steps = [dict(zip(row["curve"], values), step=i) for i, values in enumerate(zip(*row["curve"].values()))]
+            runs_of.setdefault(row["arm"], []).append(steps)
+        for n, (arm, runs) in enumerate(runs_of.items()):
+            grid.append([])
+            for (key, title), colour in zip(titles.items(), ("C0", "C3", "C2")):
+                own = over_steps(runs, key)
+                lines = [("", over_steps(others, key), "0.8") for other, others in runs_of.items()
+                         if own and (key != "auroc" or other in ("placebo", "coin"))]
+                lines += [(f"{own[-1][1]:.2f}", own, colour)] if own else []
+                left = f"{arm}\n{len(runs)} seed{'s' * (len(runs) > 1)}" if key == "deployed_solve" else ""
+                grid[-1].append((f"{world}: {title}" if n == 0 else "", left, lines))
+    if not grid:
+        raise InputError("--curves: no row of these results has a curve; give its run, too, to put it there")
+    return grid
+
+
+def plot_curves(grid: list[list[tuple]], path: Path, size: tuple[float, float], caption: str) -> None:
+    """Panels of `size` inches in rows and columns. A panel is (title, what stands at its left, lines), a line is (label
+    beside its end, what over_steps returns, colour); the range over seeds is drawn of a line that has a label."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(2, 2, figsize=(11, 6.5), sharex=True, sharey=True)
-    for (rate, prefix), axes in zip(((r, p) for r in ("solve", "hack") for p in ("deployed_", "")), panels.flat):
+    figure, panels = plt.subplots(len(grid), len(grid[0]), figsize=(size[0] * len(grid[0]), size[1] * len(grid)),
+                                  sharex=True, sharey=True, squeeze=False)
+    for axes, (title, left, lines) in zip(panels.flat, sum(grid, [])):
         ends = []
-        for colour, (arm, runs) in enumerate(arms.items()):
-            if curve := over_steps(runs, prefix + rate):
-                steps, centre, low, high = zip(*curve)
-                axes.plot(steps, centre, color=f"C{colour}")
-                axes.fill_between(steps, low, high, color=f"C{colour}", alpha=0.2, linewidth=0)
-                ends.append((centre[-1], steps[-1], f"{arm} ({len(runs)} seed{'s' * (len(runs) > 1)})", f"C{colour}"))
+        for text, curve, colour in (line for line in lines if line[1]):
+            steps, centre, low, high = zip(*curve)
+            axes.plot(steps, centre, color=colour, linewidth=1.5 if text else 0.7)
+            if text:
+                axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+                ends.append((centre[-1], steps[-1], text, colour))
         height = -1.0
         for y, step, text, colour in sorted(ends):  # beside the line's end, and above the label below
             height = max(y, height + 0.07)
             axes.annotate(text, (step, height), (5, 0), "data", "offset points", color=colour, va="center", fontsize=9)
-        policy = "deployed: quarantine ablated, what ships" if prefix else "full policy: with its quarantine"
-        axes.set_title(f"{rate} rate, {policy}", loc="left", fontsize=10)
-        axes.set(ylim=(-0.03, 1.03), ylabel=f"share of rollouts that {rate}")
+        if not ends:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, color="0.5", ha="center", fontsize=9)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_ylabel(left, rotation=0, ha="right", va="center")
+        axes.set(ylim=(-0.03, 1.03), xmargin=0)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[1, 0].set_xlabel("optimizer steps"), panels[1, 1].set_xlabel("optimizer steps")
-    figure.suptitle("Training problems. Line: mean over seeds, where this policy was sampled; band: lowest to highest")
-    figure.tight_layout(w_pad=6)
+    figure.tight_layout()
+    figure.suptitle(caption, y=1, va="bottom", fontsize=10)
+    figure.supxlabel("optimizer steps", y=0, va="top", fontsize=10)
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:], bbox_inches="tight")
 
@@ -646,7 +690,8 @@ class Config:
     against: str = "routeV"
     """with --results: the arm that the others are compared with, seed by seed"""
     curves: Path | None = None
-    """write a figure of the runs' solve and hack rates over steps here (needs matplotlib), and sample nothing"""
+    """write a figure of the runs' solve and hack rates over steps here (needs matplotlib), and sample nothing; with
+    --results of those that ship and of each gate's AUROC, from the file's rows"""
     browse: Path | None = None
     """write the rollouts of one run to this .html file, to be read and filtered in a browser, and sample nothing"""
     export: Path | None = None
@@ -669,7 +714,8 @@ def main(cfg: Config) -> None:
     """Evaluate every checkpoint and write a result into its folder, or export one. Raises InputError."""
     check_ranges(cfg)
     instead = [name for name in ("export", "results", "curves", "browse") if getattr(cfg, name)]  # of an evaluation
-    ignored = [*instead[1:], *["samples", "temperature", "seed", "base", "data"] * bool(instead)]
+    ignored = [name for name in instead[1:] if (instead[0], name) != ("results", "curves")]
+    ignored += ["samples", "temperature", "seed", "base", "data"] * bool(instead)
     ignored += ["plot"] * (instead[:1] not in ([], ["results"])) + ["format"] * (not cfg.export)
     for name in ignored:
         if getattr(cfg, name) != getattr(Config, name):
@@ -689,6 +735,11 @@ def main(cfg: Config) -> None:
         if cfg.plot:
             plot({name: [(row["arm"], row["seed"], row["results"]) for row in rows] for name, rows in rows_of.items()},
                  cfg.plot)
+        if cfg.curves:
+            plot_curves(panels_of_rows(rows_of), cfg.curves, (3, 0.9), """\
+Solve, hack: shares of a step's rollouts of training problems without quarantine, as what ships. AUROC: how well
+the gate ranks hacks above solves. Line: mean over seeds, its last value beside its end; band: lowest to highest
+seed; grey: means of the other arms, in the last column of placebo and coin, which route at random""")
         return
     if not cfg.checkpoints:
         raise InputError("no checkpoint given; e.g. python evaluate_deploy.py runs/routeV_seed0")
@@ -707,7 +758,8 @@ def main(cfg: Config) -> None:
         arms: dict[str, list[list[dict]]] = {}
         for folder in cfg.checkpoints:
             arms.setdefault(read_run(folder)["arm"], []).append(read_rows(folder / "metrics.jsonl"))
-        plot_curves(arms, cfg.curves)
+        plot_curves(panels_of_runs(arms), cfg.curves, (5.5, 3.25), "Shares of a step's rollouts of training problems. "
+                    "Line: mean over seeds, where this policy was sampled; band: lowest to highest")
         print(f"figure: {cfg.curves}")
         return
     headers = [peek(folder / "adapter.safetensors") for folder in cfg.checkpoints]

@@ -42,6 +42,7 @@ UPDATE = of("train", "the_update_is_that_of_the_literal_formulas[everything]")
 SCREENED = of("train", "the_update_is_that_of_the_literal_formulas[screened]")
 PENALISED = of("train", "the_update_is_that_of_the_literal_formulas[penalised]")
 KEPT = of("evaluate", "results_are_kept_a_row_a_run_and_averaged_by_arm")
+ROW_CURVES = of("evaluate", "curves_are_drawn_from_kept_rows_alone")
 CURVES = of("evaluate", "curves_are_drawn_from_the_logs_of_runs_alone")
 REUSED = of("evaluate", "a_figure_samples_nothing_where_a_run_was_evaluated_in_this_way")
 DRY = of("train", "a_dry_run_says_what_a_run_would_be_and_writes_nothing")
@@ -550,7 +551,13 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EVALUATE, "interval([x - y for x, y in", "interval([x for x, y in", PAIRED),
     (EVALUATE, "if name == other and (arm, seed) in results]", "if name == other]", PAIRED),
     (EVALUATE, '("held-out", "hack")):', '("trained", "hack")):', PAIRED),
-    (EVALUATE, '("solve", "hack") for p in ("deployed_", ""))', '("solve", "hack") for p in ("", ""))', CURVES),
+    (EVALUATE, "over_steps(runs, prefix + rate)", "over_steps(runs, rate)", CURVES),
+    (EVALUATE, "low, high, color=colour", "low, centre, color=colour", ROW_CURVES),
+    (EVALUATE, 'for row in rows if "curve" in row):', 'for row in rows[:1] if "curve" in row):', ROW_CURVES),
+    (EVALUATE, 'key != "auroc" or other in ("placebo", "coin")', "True", ROW_CURVES),
+    (EVALUATE, "values), step=i)", "values), step=i + 1)", ROW_CURVES),
+    (EVALUATE, "steps[-1])\n", "steps[0])\n", KEPT),
+    (EVALUATE, "round(step[name], 3) for step in steps]", "round(step[name], 3) for step in steps[-1:]]", KEPT),
     (EVALUATE, "height = max(y, height + 0.07)", "height = y", CURVES),
     (EVALUATE, "for row in rows if row[name] is not None):", "for row in rows[-1:] if row[name] is not None):", CURVES),
     (EVALUATE, "mean(seeds), min(seeds), max(seeds)", "mean(seeds), min(seeds), mean(seeds)",
@@ -563,10 +570,9 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EVALUATE, 'for key in settings if key != "data")', 'for key in ("step", "seed"))', REUSED),
     (EVALUATE, "if cfg.plot and not cfg.base and (results", "if not cfg.base and (results", REUSED),
     (EVALUATE, 'config["eval_samples"] * bool(cfg.plot) or 4', "4", REUSED),
-    (EVALUATE, 'rows[row["arm"], row["seed"]] = dict(', 'rows[row["arm"], folder] = dict(', KEPT),
+    (EVALUATE, 'rows[row["arm"], row["seed"]] = row', 'rows[row["arm"], folder] = row', KEPT),
     (EVALUATE, 'for row in rows if row["arm"] == arm]', "for row in rows]", KEPT),
     (EVALUATE, 'hash_of(folder / "config.json")', 'hash_of(folder / "deploy.json")', KEPT),
-    (EVALUATE, "metrics.splitlines()[-1]", "metrics.splitlines()[0]", KEPT),
     (EVALUATE, 'f"{max(hack):.3f}"', 'f"{min(hack):.3f}"', KEPT),
     (EVALUATE, "hack=[v.hacked for v in chosen]", "hack=[v.exploited for v in chosen]", RATES),
     (EVALUATE, 'if mode in ("all", of_mode)]', "]", RATES),

@@ -378,7 +378,9 @@ def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):
         table = dict(all=cell | dict(hack=hack), a=cell | dict(hack=0.0), b=cell | dict(hack=2 * hack))
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-        (tmp_path / name / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+        steps = [dict(step=0, deployed_solve=0.12349, deployed_hack=0.0, gate_auroc=None),
+                 dict(step=1, deployed_solve=0.5, deployed_hack=None, gate_auroc=0.99951)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
         results = {"deployed, trained": table, "full, trained": dict(all=dict(hack=0.875))}
         (tmp_path / name / "deploy.json").write_text(json.dumps(dict(arm=arm, seed=seed, results=results), indent=1))
         return tmp_path / name
@@ -386,8 +388,10 @@ def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):
     file = tmp_path / "results.jsonl"
     keep_results([finished("x", "none", 0, 0.5, 0.25), finished("y", "absorb", 0, 0.25, 0.5)], file)
     rows = keep_results([finished("z", "none", 1, 0.5, 0.125), finished("again", "absorb", 0, 0.75, 0.125)], file)
-    assert [(row["arm"], row["seed"], row["last"]) for row in rows] == [
-        ("none", 0, dict(step=1)), ("absorb", 0, dict(step=1)), ("none", 1, dict(step=1))]
+    assert [(row["arm"], row["seed"], row["last"]["step"]) for row in rows] == [
+        ("none", 0, 1), ("absorb", 0, 1), ("none", 1, 1)]
+    assert all(row["curve"] == dict(deployed_solve=[0.123, 0.5], deployed_hack=[0.0, None], auroc=[None, 1.0])
+               for row in rows)
     assert {row["config"] for row in rows} == {hashlib.sha256(b"{}").hexdigest()[:12]}
     assert keep_results([], file) == rows
     lines = format_arms(rows).splitlines()
@@ -433,6 +437,42 @@ def test_curves_are_drawn_from_the_logs_of_runs_alone(tmp_path, monkeypatch):
     assert labels == [["absorb (1 seed)", "none (2 seeds)"], ["none (2 seeds)"]] * 2
     heights = [text.xy[1] for text in panels[0].texts]
     assert heights[1] - heights[0] == pytest.approx(0.07), "labels of lines that end together are apart"
+
+
+def test_curves_are_drawn_from_kept_rows_alone(tmp_path):
+    """A row of panels an arm, its own line last; rows from before rows had curves are left out."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    cell = dict(all=dict(solve=0.5, hack=0.25, compiles=1.0), m=dict(hack=0.25))
+    results = {setting: cell for setting in ("deployed, trained", "deployed, held-out", "full, trained")}
+
+    def row(arm, seed, solve, hack, auroc):
+        curve = dict(deployed_solve=solve, deployed_hack=hack, auroc=auroc)
+        return dict(arm=arm, seed=seed, results=results, curve=curve)
+
+    rows = [row("routeV", 0, [0.5, 0.75], [0.0, 0.0], [None, 1.0]), row("none", 0, [0.5, 0.0], [0.0, 1.0], [None] * 2),
+            row("routeV", 1, [0.5, 0.25], [0.0, 0.5], [None, 0.5]), row("coin", 0, [0.5, 0.5], [0.0, 0.5], [0.25, 0.5]),
+            dict(arm="none", seed=1, results=results)]
+    (tmp_path / "w.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = (tmp_path / "w.jsonl").read_text()
+    main(Config(results=tmp_path / "w.jsonl", curves=tmp_path / "curves.svg"))
+    assert (tmp_path / "curves.svg").stat().st_size > 1000 and (tmp_path / "w.jsonl").read_text() == before
+    panels = pyplot.gcf().axes
+    solves, hacks = [[0.5, 0.5], [0.5, 0.0], [0.5, 0.5]], [[0.0, 0.25], [0.0, 1.0], [0.0, 0.5]]
+    assert [[line.get_ydata().tolist() for line in axes.lines] for axes in panels] == [
+        [*solves, solves[0]], [*hacks, hacks[0]], [[0.25, 0.5], [0.75]], [*solves, solves[1]], [*hacks, hacks[1]], [],
+        [*solves, solves[2]], [*hacks, hacks[2]], [[0.25, 0.5], [0.25, 0.5]]]
+    assert [line.get_xdata().tolist() for line in panels[2].lines] == [[1, 2], [2]]
+    assert [axes.texts[0].get_text() for axes in panels] == [
+        "0.50", "0.25", "0.75", "0.00", "1.00", "not measured", "0.50", "0.50", "0.50"]
+    assert [axes.get_ylabel() for axes in panels[::3]] == ["routeV\n2 seeds", "none\n1 seed", "coin\n1 seed"]
+    assert [axes.get_title("left") for axes in panels[:4]] == [
+        "w: solve, deployed", "w: hack, deployed", "w: AUROC of the gate", ""]
+    band, = panels[0].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0.25, 0.75), "lowest and highest seed"
+    (tmp_path / "w.jsonl").write_text(json.dumps(rows[-1]) + "\n")
+    with pytest.raises(InputError, match="no row of these results has a curve"):
+        main(Config(results=tmp_path / "w.jsonl", curves=tmp_path / "curves.svg"))
 
 
 def test_a_figure_samples_nothing_where_a_run_was_evaluated_in_this_way(tmp_path, monkeypatch):
