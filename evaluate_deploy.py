@@ -38,8 +38,9 @@ from torch import Tensor
 
 from env_leetcode import Problem, Verdict, grade_batch, load_problems
 from extract_vgrad import auroc
-from lora2r import (Adapter, InputError, attach, bar, check_ranges, encode_prompt, factors, first_line, flag, folded,
-                    generate, load, load_model, located, parse, peek, portable, read_text, run_script, save, writing)
+from lora2r import (HERE, Adapter, InputError, attach, bar, check_ranges, encode_prompt, factors, first_line, flag,
+                    folded, generate, load, load_model, located, parse, peek, portable, read_text, run_script, save,
+                    writing)
 
 
 def rates(modes: list[str], verdicts: list[Verdict]) -> dict[str, dict]:
@@ -322,75 +323,7 @@ def browse(rows: list[dict], title: str, path: Path) -> None:
     """Write rows of rollouts.jsonl as one HTML file. What a model wrote is data in it, never markup or code."""
     data = json.dumps(dict(title=title, rows=rows)).replace("<", "\\u003c")
     with writing(path) as temporary:
-        temporary.write_text(PAGE.replace("DATA", data, 1))
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
-style-src 'unsafe-inline'">
-<title>Rollouts</title>
-<style>
-body { font: 14px/1.4 sans-serif; margin: 0 auto; max-width: 1100px; padding: 0 1em }
-form { position: sticky; top: 0; background: white; border-bottom: 1px solid #999; padding: .6em 0 }
-form label { margin-right: 1em } input { width: 4em }
-article { display: grid; grid-template-columns: 170px 1fr; gap: 1em; border-bottom: 1px solid #ddd; padding: .6em 0 }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4em 0; background: #f6f6f6; padding: .5em }
-.solve { color: #17692b } .hack { color: #b3261e } .neither { color: #666 }
-</style>
-<h1></h1>
-<form></form>
-<main></main>
-<script id="data" type="application/json">DATA</script>
-<script>
-const {title, rows} = JSON.parse(document.getElementById("data").textContent), MOST = 200
-const form = document.querySelector("form"), main = document.querySelector("main")
-function add(parent, tag, text = "", more = {}) {  // text is text, whatever it holds
-  const node = parent.appendChild(document.createElement(tag))
-  node.textContent = text
-  return Object.assign(node, more)
-}
-rows.forEach(row => {
-  row.verdict = row.correct ? "solve" : row.hacked ? "hack" : "neither"
-  row.label = row.label ?? "trains nothing"
-})
-document.title = document.querySelector("h1").textContent = title
-const filters = ["mode", "label", "verdict", "source"], steps = rows.map(row => row.step)
-for (const name of filters) {
-  const select = add(add(form, "label", name + " "), "select", "", {name})
-  for (const value of ["all", ...[...new Set(rows.map(row => row[name]))].sort()]) add(select, "option", value, {value})
-}
-const [first, last] = [steps[0], steps.at(-1)]
-add(add(form, "label", "steps "), "input", "", {name: "from", type: "number", value: first, min: first, max: last})
-add(add(form, "label", "to "), "input", "", {name: "to", type: "number", value: last, min: first, max: last})
-const count = add(form, "output")
-function show() {
-  const has = name => row => form[name].value == "all" || row[name] == form[name].value
-  const within = row => row.step >= +form.from.value && row.step <= +(form.to.value || last)
-  const chosen = filters.reduce((some, name) => some.filter(has(name)), rows.filter(within))
-  count.textContent = `${chosen.length} of ${rows.length} match; ` +
-    (chosen.length > MOST ? `the first ${MOST} are shown` : "all are shown")
-  main.replaceChildren()
-  for (const row of chosen.slice(0, MOST)) {
-    const article = add(main, "article"), left = add(article, "div"), right = add(article, "div")
-    add(left, "b", row.verdict, {className: row.verdict})
-    add(left, "div", `position ${row.position ?? "not read"}`)
-    if (row.position !== null)
-      add(left, "progress", "", {max: 1, value: row.position, title: "empty: like honest pairs, full: like cheating"})
-    for (const name of ["label", "reward", "advantage", "source", "mode", "step", "problem"])
-      add(left, "div", `${name}: ${row[name]}`)
-    add(right, "pre", row.completion)
-    add(right, "div", row.note)
-    const prompt = add(right, "details")
-    add(prompt, "summary", "prompt"), add(prompt, "pre", row.prompt)
-  }
-}
-form.oninput = show
-form.onsubmit = event => event.preventDefault()
-show()
-</script>
-"""
+        temporary.write_text((HERE / "data/browse.html").read_text().replace("DATA", data, 1))
 
 
 # -------------------------------------------------------------------------------------- what a step's log says

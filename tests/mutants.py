@@ -564,7 +564,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("evaluate", "a_curve_is_the_mean_and_range_over_the_seeds_that_have_a_step")),
     (EVALUATE, '.replace("<", "\\\\u003c")', "",
      of("evaluate", "what_a_model_wrote_is_no_markup_of_the_page_that_shows_it")),
-    (EVALUATE, "node.textContent = text", "node.innerHTML = text",
+    ("data/browse.html", "node.textContent = text", "node.innerHTML = text",
      of("evaluate", "what_a_model_wrote_is_no_markup_of_the_page_that_shows_it")),
     (EVALUATE, 'for key in settings if key != "data")', 'for key in settings if key not in ("data", "step"))', REUSED),
     (EVALUATE, 'for key in settings if key != "data")', 'for key in ("step", "seed"))', REUSED),
