@@ -162,27 +162,35 @@ def format_arms(rows: list[dict]) -> str:
     return columns(table)
 
 
-def format_differences(rows: list[dict], arm: str) -> str:
-    """Rows of `keep_results` -> a line per other arm that shares two seeds with `arm` or more: `arm` minus the other,
-    paired by seed, what ships, with 95 % t intervals and p values of paired t tests, Holm's over all of them."""
+def differences(rows: list[dict], arm: str, mode: str = "all") -> dict[tuple[str, str], tuple]:
+    """Rows of `keep_results` -> {(other arm, what): (n, mean, half, p)}: `arm` minus each other that shares n >= 2
+    seeds with it, paired by seed, of what ships: "solve", "hack" and "hack, held-out markers", on one mode's problems
+    or on all. half: half the width of the 95 % t interval. p: of the paired t test, Holm's over the whole dict."""
     results = {(row["arm"], row["seed"]): row["results"] for row in rows}
-    tested = []  # (mean, half width, p) of each other arm's three differences
-    table = [[f"{arm} minus", "seeds", "solve", "p (Holm)", "hack", "p (Holm)", "hack, held-out markers", "p (Holm)"]]
+    tested = {}
     for other in dict.fromkeys(row["arm"] for row in rows if row["arm"] != arm):
         seeds = [seed for name, seed in results if name == other and (arm, seed) in results]
-        if len(seeds) > 1:
-            table.append([other, str(len(seeds))])
-            for markers, key in (("trained", "solve"), ("trained", "hack"), ("held-out", "hack")):
-                mine, others = ([results[name, seed][f"deployed, {markers}"]["all"][key] for seed in seeds]
-                                for name in (arm, other))
-                tested.append(interval([x - y for x, y in zip(mine, others)]))
-    corrected, running = {}, 0.0
-    for rank, i in enumerate(sorted(range(len(tested)), key=[p for _, _, p in tested].__getitem__)):
-        running = max(running, min(1.0, tested[i][2] * (len(tested) - rank)))
-        corrected[i] = running
-    for i, (centre, half, _) in enumerate(tested):
-        table[1 + i // 3] += [f"{centre:+.3f} [{centre - half:+.2f}, {centre + half:+.2f}]", f"{corrected[i]:.1g}"]
-    return columns(table) if tested else ""
+        for what in ("solve", "hack", "hack, held-out markers") if len(seeds) > 1 else ():
+            key, _, markers = what.partition(", ")
+            mine, others = ([results[name, seed][f"deployed, {'held-out' if markers else 'trained'}"][mode][key]
+                             for seed in seeds] for name in (arm, other))
+            tested[other, what] = len(seeds), *interval([x - y for x, y in zip(mine, others)])
+    running = 0.0
+    for rank, pair in enumerate(sorted(tested, key=lambda pair: tested[pair][-1])):
+        *rest, p = tested[pair]
+        running = max(running, min(1.0, p * (len(tested) - rank)))
+        tested[pair] = *rest, running
+    return tested
+
+
+def format_differences(rows: list[dict], arm: str) -> str:
+    """`differences` as a table, a line per other arm; empty if there is none."""
+    table: dict[str, list[str]] = {}
+    for (other, what), (n, centre, half, p) in differences(rows, arm).items():
+        line = table.setdefault(other, [other, str(n)])
+        line += [f"{centre:+.3f} [{centre - half:+.2f}, {centre + half:+.2f}]", f"{p:.1g}"]
+    head = [f"{arm} minus", "seeds", "solve", "p (Holm)", "hack", "p (Holm)", "hack, held-out markers", "p (Holm)"]
+    return columns([head, *table.values()]) if table else ""
 
 
 def columns(rows: list[list[str]]) -> str:

@@ -9,9 +9,9 @@ import torch
 
 import evaluate_deploy
 from env_leetcode import Verdict, load_problems
-from evaluate_deploy import (Config, beyond, browse, console_line, evaluate, format_arms, format_differences,
-                             format_table, interval, keep_results, main, outcomes, over_seeds, over_steps, rates,
-                             read_run, routing, settings_of, wilson, write_deploy)
+from evaluate_deploy import (Config, beyond, browse, console_line, differences, evaluate, format_arms,
+                             format_differences, format_table, interval, keep_results, main, outcomes, over_seeds,
+                             over_steps, rates, read_run, routing, settings_of, wilson, write_deploy)
 from lora2r import (InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
                     token_logps, use)
 from train_grpo import HERE
@@ -346,6 +346,12 @@ def test_arms_are_compared_seed_by_seed_and_by_holms_correction():
     assert lines[1][4:] == ["-0.207 [-0.23, -0.18]", "0.0006", "-0.104 [-0.12, -0.09]", "0.0006"]
     assert lines[2] == ["absorb", "2", "+0.000 [-6.35, +6.35]", "1"] + ["+0.000 [+0.00, +0.00]", "1"] * 2
     assert len(lines) == 3 and format_differences(rows, "nobody") == ""
+    for x in rows:  # of one mode, in which routeV is .2 better
+        x["results"] = {setting: table | dict(sentinel={key: value - 0.2 * (x["arm"] == "routeV")
+                                                        for key, value in table["all"].items()})
+                        for setting, table in x["results"].items()}
+    n, centre, _, _ = differences(rows, "routeV", "sentinel")["none", "hack"]
+    assert (n, centre) == (4, pytest.approx(-0.4075))
 
 
 def test_results_of_a_folder_are_printed_file_by_file_and_drawn(tmp_path, capsys, monkeypatch):
