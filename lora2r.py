@@ -277,7 +277,7 @@ def batches(prompts: list[list[int]], completions: list[list[int]], budget: int,
     for order, shared in [*alone, (sorted(others, key=lambda row: -size[row]), 0)]:
         while order:
             T = size[order[0]]
-            g = max(1, (budget - shared) // (T - shared))
+            g = max(1, budget // T)
             rows, order = order[:g], order[g:]
             ids = torch.zeros(len(rows), T, dtype=torch.long)  # [g, T]
             is_completion = torch.zeros(len(rows), T - 1, dtype=torch.bool)  # [g, T-1]

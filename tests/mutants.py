@@ -308,7 +308,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("extract", "a_completion_ends_its_turn_and_a_prompt_opens_the_assistants")),
     (LORA, "len(prompts[row]) - 1 :", "len(prompts[row]) :", BATCHES),
     (LORA, "T = size[order[0]]\n", "T = size[order[-1]]\n", BATCHES),
-    (LORA, "(budget - shared) // (T - shared)", "budget // T", SHARES),
+    (LORA, "g = max(1, budget // T)", "g = max(1, (budget - shared) // (T - shared))", SHARES),
     (LORA, "(len(rows) - 1) * len(prompt) > SHARED", "len(rows) * len(prompt) > SHARED", SHARES),
     (LORA, "(tuple(prompts[row]), labels[row] if labels else None)", "(tuple(prompts[row]), None)", SHARES),
     (LORA, "(rows, len(prompt) - 1) for", "(rows, len(prompt)) for", SHARES),

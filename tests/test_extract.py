@@ -52,7 +52,7 @@ def test_rollouts_that_share_a_prompt_and_a_label_go_by_themselves_where_it_pays
     monkeypatch.setattr("lora2r.SHARED", 7)
     assert parts(1000) == [([3, 1, 4, 0, 5], 3), ([2], 0)]
     assert parts(1000, [0, 2, 0, 0, 2, 0]) == [([3, 0, 5], 3), ([2, 1, 4], 0)]
-    assert parts(12) == [([3, 1], 3), ([4, 0, 5], 3), ([2], 0)]  # 3 + 2 x 4 tokens, then 3 + 3 x 3
+    assert parts(15) == [([3, 1], 3), ([4, 0], 3), ([5], 3), ([2], 0)]  # at most 15 tokens, as if none were shared
     monkeypatch.setattr("lora2r.SHARED", 8)
     assert parts(1000, [0, 2, 0, 0, 2, 0]) == [([2, 3, 1, 4, 0, 5], 0)]
 
