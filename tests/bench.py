@@ -13,7 +13,10 @@ It takes the flags of train_grpo.py and measures, one after another in this proc
                 longest, full fp32 log-softmax; per test an interpreter. The update's share of the peak counts its
                 matmuls, of base and adapter
     memory      predicted and measured peak of one micro-batch, and the arithmetic for Qwen3-4B
+    trl         seconds and tokens/s of whole steps, and of those of TRL's GRPOTrainer: same model, prompts, grader and
+                loss, a peft LoRA of rank 2r on the same layers. Left out without `pip install trl peft datasets`
 """
+import io
 import json
 import os
 import re
@@ -22,20 +25,25 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from env_leetcode import grade_batch, load_problems  # noqa: E402
-from lora2r import (attach, batches, encode_completion, encode_prompt, folded, generate, load_model,  # noqa: E402
-                    predicted_memory, token_logps, use)
-from train_grpo import Config, parse_args, train  # noqa: E402
+from lora2r import (TARGETS, attach, batches, encode_completion, encode_prompt, folded, generate,  # noqa: E402
+                    load_model, predicted_memory, token_logps, use)
+from train_grpo import Config, draws, learning, parse_args, train  # noqa: E402
 
 REPEATS = 5
 
@@ -292,6 +300,94 @@ def bench_memory(cfg: Config) -> None:
           f"peak {(fixed + folding + cache) / 1e9:.1f} GB")
 
 
+# ------------------------------------------------------------------------------------------------ TRL's GRPOTrainer
+def our_steps(cfg: Config, learns=learning) -> list[tuple[float, int, int]]:
+    """Each step of train() as (seconds, tokens sampled, rollouts trained), without the one extraction of v_grad."""
+    with tempfile.TemporaryDirectory() as folder, patch("train_grpo.learning", learns):
+        out = train(replace(cfg, out_dir=Path(folder) / "run"))
+        rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+        rollouts = [json.loads(line) for line in open(out / "rollouts.jsonl")]
+    return [(sum(row["seconds"].values()) - row["seconds"]["refresh"], row["tokens"],
+             sum(x["step"] == row["step"] and x["label"] is not None for x in rollouts)) for row in rows]
+
+
+def all_learn(adv: torch.Tensor, positive_only: bool) -> torch.Tensor:
+    """In the place of train_grpo.learning: advantages of 0 are worked through too, as in TRL. No gradient changes."""
+    return torch.ones_like(adv, dtype=torch.bool)
+
+
+def trl_steps(cfg: Config) -> list[tuple[float, int, int]]:
+    """The same of GRPOTrainer, on the same prompts. Its micro-batches, too, have at most --tokens-per-batch tokens."""
+    import datasets  # the other sections do without
+    import peft
+    import trl
+
+    model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
+    problems = load_problems(cfg.data, cfg.modes, cfg.seed)
+    order = sum((chosen for chosen, _ in islice(draws(cfg, len(problems)), cfg.steps)), [])  # P a step
+    G = cfg.prompts_per_step * cfg.group_size
+    longest = max(len(encode_prompt(tok, problems[n].messages)) for n in order) + cfg.max_new_tokens
+    g = max(g for g in range(1, G + 1) if G % g == 0 and g * longest <= max(longest, cfg.tokens_per_batch))
+    seconds, tokens = [], []
+
+    class Stopwatch(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            seconds.append(time.perf_counter() - self.start)
+
+    def reward(completions, completion_ids, n, **_):
+        tokens.append(sum(map(len, completion_ids)))
+        verdicts = grade_batch([problems[i] for i in n], [message["content"] for message, in completions])
+        return [v.reward for v in verdicts]
+
+    with tempfile.TemporaryDirectory() as folder:
+        trl.GRPOTrainer(
+            model, reward, processing_class=tok, callbacks=[Stopwatch()],
+            train_dataset=datasets.Dataset.from_list([dict(prompt=problems[n].messages, n=n) for n in order]),
+            peft_config=peft.LoraConfig(r=2 * cfg.rank, lora_alpha=2 * cfg.rank, target_modules=list(TARGETS)),
+            args=trl.GRPOConfig(
+                folder, seed=cfg.seed, use_cpu=cfg.device == "cpu", bf16=False,  # no autocast: the model has its dtype
+                max_steps=cfg.steps, shuffle_dataset=False, num_generations=cfg.group_size,
+                per_device_train_batch_size=g, gradient_accumulation_steps=G // g, num_iterations=1,
+                gradient_checkpointing=cfg.checkpointing, max_completion_length=cfg.max_new_tokens,
+                temperature=cfg.temperature, top_k=cfg.top_k, chat_template_kwargs=dict(enable_thinking=False),
+                beta=0.0, loss_type="dr_grpo", scale_rewards="none", epsilon=cfg.clip_eps,
+                learning_rate=cfg.lr, lr_scheduler_type="constant", adam_beta1=cfg.betas[0], adam_beta2=cfg.betas[1],
+                max_grad_norm=cfg.grad_clip, save_strategy="no", logging_strategy="no", report_to="none",
+                disable_tqdm=True)).train()
+    return list(zip(seconds, tokens, [G] * cfg.steps))
+
+
+def bench_trl(cfg: Config, rounds: int = 2) -> None:
+    if not all(map(find_spec, ("trl", "peft", "datasets"))):
+        print("\nTRL's GRPOTrainer: not measured, as it is not all installed; pip install trl peft datasets")
+        return
+    # the rollouts are not the same, as the noise is not: hence the ratio is that of tokens/s
+    cfg = replace(cfg, steps=min(cfg.steps, 3), mix_ratio=0.0, epochs=1, kl=0.0)
+    plain = dict(intervention="none", positive_only=False, ablated_share=0.0)
+    actions = {
+        f"TRL {version('trl')}, GRPOTrainer, LoRA of rank {2 * cfg.rank}": trl_steps,
+        "ours, plain GRPO, advantages of 0 worked through": lambda cfg: our_steps(replace(cfg, **plain), all_learn),
+        "ours, plain GRPO": lambda cfg: our_steps(replace(cfg, **plain)),
+        "ours, routeV": lambda cfg: our_steps(replace(cfg, intervention="routeV"))}
+    steps: dict[str, list[tuple]] = {name: [] for name in actions}
+    for n in range(rounds):
+        for name, action in actions.items():
+            with redirect_stdout(io.StringIO()):
+                steps[name] += action(replace(cfg, seed=cfg.seed + n))[1:]  # the first of each warms up
+    print(f"\nwhole steps, {cfg.prompts_per_step} prompts x {cfg.group_size}, at most {cfg.max_new_tokens} tokens, in "
+          f"turns, medians of {rounds * (cfg.steps - 1)}")
+    theirs = None
+    for name, rows in steps.items():
+        taken, _, trained = map(median, zip(*rows))
+        rate = median(tokens / seconds for seconds, tokens, _ in rows)
+        theirs = theirs or rate
+        print(f"  {name:48s} {taken:7.2f} s   {rate:6.0f} tokens/s   {trained:3.0f} rollouts train   "
+              f"{rate / theirs:.2f} x")
+
+
 if __name__ == "__main__":
     cfg = parse_args()
     cfg = replace(cfg, steps=min(cfg.steps, 7), eval_samples=0, mix_ratio=0.25)
@@ -301,3 +397,4 @@ if __name__ == "__main__":
     bench_sampling(cfg)
     bench_phases(cfg, peak)
     bench_memory(cfg)
+    bench_trl(cfg)
