@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from env_leetcode import grade_batch, load_problems  # noqa: E402
 from lora2r import (TARGETS, attach, batches, encode_completion, encode_prompt, folded, generate,  # noqa: E402
-                    load_model, predicted_memory, token_logps, use)
+                    load_model, predicted_memory, prefill, token_logps, use)
 from train_grpo import Config, draws, learning, parse_args, train  # noqa: E402
 
 REPEATS = 5
@@ -164,9 +164,12 @@ def update_operations(model, adapter, encoded: list[tuple], labels: list[str], c
     counts them."""
     m, d = torch.tensor([label != "clean" for label in labels]), torch.tensor([label == "hack" for label in labels])
     with FlopCounterMode(display=False) as counter:
-        for rows, ids, mask, _ in batches(*map(list, zip(*encoded)), cfg.tokens_per_batch):
+        for rows, ids, mask, shared in batches(*map(list, zip(*encoded)), cfg.tokens_per_batch, labels):
+            ids, mask = ids.to(cfg.device), mask.to(cfg.device)
+            with use(adapter, m=m[rows][:1], d=d[rows][:1]):
+                cache = prefill(model, ids, shared)
             with use(adapter, m=m[rows], d=d[rows]):
-                token_logps(model, ids.to(cfg.device), mask.to(cfg.device)).sum().backward()
+                token_logps(model, ids, mask, cache=cache).sum().backward()
     for p in adapter.parameters():
         p.grad = None
     return counter.get_total_flops()
