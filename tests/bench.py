@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from env_leetcode import grade_batch, load_problems  # noqa: E402
 from lora2r import (TARGETS, attach, batches, encode_completion, encode_prompt, folded, generate,  # noqa: E402
                     load_model, predicted_memory, prefill, token_logps, use)
-from train_grpo import Config, draws, learning, parse_args, train  # noqa: E402
+from train_grpo import Config, check, draws, learning, parse_args, train  # noqa: E402
 
 REPEATS = 5
 
@@ -305,8 +305,10 @@ def bench_memory(cfg: Config) -> None:
 
 # ------------------------------------------------------------------------------------------------ TRL's GRPOTrainer
 def our_steps(cfg: Config, learns=learning) -> list[tuple[float, int, int]]:
-    """Each step of train() as (seconds, tokens sampled, rollouts trained), without the one extraction of v_grad."""
-    with tempfile.TemporaryDirectory() as folder, patch("train_grpo.learning", learns):
+    """Each step of train() as (seconds, tokens sampled, rollouts trained), without the one extraction of v_grad. cfg
+    has been checked: here a flag of the gate without a gate, say, is no error."""
+    with (tempfile.TemporaryDirectory() as folder, patch("train_grpo.learning", learns),
+          patch("train_grpo.check", lambda cfg: cfg)):
         out = train(replace(cfg, out_dir=Path(folder) / "run"))
         rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
         rollouts = [json.loads(line) for line in open(out / "rollouts.jsonl")]
@@ -368,7 +370,7 @@ def bench_trl(cfg: Config, rounds: int = 2) -> None:
         print("\nTRL's GRPOTrainer: not measured, as it is not all installed; pip install trl peft datasets")
         return
     # the rollouts are not the same, as the noise is not: hence the ratio is that of tokens/s
-    cfg = replace(cfg, steps=min(cfg.steps, 3), mix_ratio=0.0, epochs=1, kl=0.0)
+    cfg = replace(check(cfg), steps=min(cfg.steps, 3), mix_ratio=0.0, epochs=1, kl=0.0)
     plain = dict(intervention="none", positive_only=False, ablated_share=0.0)
     actions = {
         f"TRL {version('trl')}, GRPOTrainer, LoRA of rank {2 * cfg.rank}": trl_steps,
