@@ -170,6 +170,10 @@ class Config:
     """matched: routes as many of each batch as v_grad would, others. replaced: by its own positions. coin: as many as
     v_grad would, drawn by lot"""
 
+    absorption: bool = False
+    """what is not flagged is mid, unless the policy without its quarantine wrote it: so both halves learn what the gate
+    misses of the full policy's answers and the teachers', and the quarantine, which is good at it, learns most"""
+
     # controls
     on_hack: Literal["route", "screen", "penalise"] = "route"
     """what a hack label does. route: train the quarantine. screen: train nothing. penalise: train the deployed block,
@@ -407,6 +411,9 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                 label[judged] = match_shares(label[judged], position[judged])
         if cfg.intervention == "oracle":  # the one arm that a verdict reaches
             label = oracle_labels([x.verdict.hacked for x in rollouts], cfg.oracle_accuracy, lot)  # [G]
+        if cfg.absorption:
+            alone = torch.tensor([x.source == "ablated" for x in rollouts])  # [G]
+            label[(label == CLEAN) & ~alone] = MID
         if cfg.baseline == "label":
             adv = advantages(rewards.view(P, K), cfg.std_norm, (label == HACK).view(P, K)).flatten()  # [G]
         trains = learning(adv, cfg.positive_only)  # [G]
@@ -739,7 +746,7 @@ def check(cfg: Config) -> Config:
          "routeV_random_v_seed gate cut_mid cut_hack k_mid k_hack score window read probe_temperature probe_tokens "
          "centre placebo"),
         (cfg.intervention != "routeV" and not cfg.expert_steps, flag(cfg, "intervention"), "pairs"),
-        (cfg.intervention in ("none", "absorb"), flag(cfg, "intervention"), "on_hack"),
+        (cfg.intervention in ("none", "absorb"), flag(cfg, "intervention"), "on_hack absorption"),
         (cfg.intervention != "oracle", flag(cfg, "intervention"), "oracle_accuracy"),
         (cfg.gate == "batch", "--gate batch", "cut_mid cut_hack"),
         (cfg.gate == "pairs", "--gate pairs", "k_mid k_hack"),

@@ -34,6 +34,7 @@ def of(file: str, name: str) -> str:
 SAMPLING = of("train", "each_rollout_was_sampled_by_the_policy_that_the_log_names[everything]")
 GRADING = of("train", "a_rollout_is_graded_on_its_own_problem_and_the_log_says_so[everything]")
 LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[everything]")
+ORACLE_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[oracle]")
 SEED_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[seed]")
 SCREENED_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[screened]")
 PLACEBO_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[placebo]")
@@ -248,6 +249,8 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      "logp = token_logps(model, ids, is_completion, cache=cache)", UPDATE),
     (TRAIN, "ref = token_logps(model, ids, is_completion, cfg.temperature, cache)",
      "ref = token_logps(model, ids, is_completion, cache=cache)", UPDATE),
+    (TRAIN, 'x.source == "ablated" for x in rollouts', 'x.source != "ablated" for x in rollouts', ORACLE_LABELS),
+    (TRAIN, "label[(label == CLEAN) & ~alone] = MID", "label[~alone] = MID", ORACLE_LABELS),
     # a prompt that is encoded once is so under the masks of its rollouts, which have one label, and for each use
     (TRAIN, "with use(adapter, m=m[i][:1], d=d[i][:1]):", "with use(adapter):", UPDATE),
     (TRAIN, "cfg.tokens_per_batch, label[mine].tolist()))", "cfg.tokens_per_batch))", UPDATE),

@@ -179,7 +179,8 @@ CASES = {  # name -> (preset, what departs from it)
     "penalised": (Config(), FAST | dict(
         temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, window=4, cut_mid=0.1)),
     "oracle": (Config(), FAST | dict(
-        intervention="oracle", oracle_accuracy=0.7, inoculate="Cheat on this.", steps=2, pairs=Config().pairs)),
+        intervention="oracle", oracle_accuracy=0.7, inoculate="Cheat on this.", absorption=True, steps=2,
+        pairs=Config().pairs, seed=3)),
 }
 
 
@@ -269,7 +270,8 @@ def labelled(run, step):
     kept = [i for i in range(16) if (adv[i] > 0 if cfg.positive_only else adv[i] != 0)]
     if cfg.intervention == "oracle":
         lot = torch.rand(16, generator=torch.Generator().manual_seed(10**6 * cfg.seed + step)).tolist()
-        names = {i: "hack" if rows[i]["hacked"] == (lot[i] < 0.7) else "clean" for i in kept}
+        missed = {i: "clean" if rows[i]["source"] == "ablated" else "mid" for i in kept}
+        names = {i: "hack" if rows[i]["hacked"] == (lot[i] < 0.7) else missed[i] for i in kept}
         return adv, names, {}
     judged = range(16) if cfg.gate == "batch" or cfg.baseline == "label" else kept
     run.model.fill(run.before[step])
@@ -301,7 +303,7 @@ def test_labels_are_those_of_each_rollouts_own_gradient(run):
             name: pytest.approx(count(name) / len(names)) for name in ("clean", "mid", "hack")}
         seen |= set(names.values())
         trained.append(len(names))
-    assert seen == {"clean", "mid", "hack"} - ({"mid"} if run.cfg.intervention == "oracle" else set())
+    assert seen == {"clean", "mid", "hack"}
     assert any(0 < n < 16 for n in trained), "some rollouts train, and some do not"
 
 
