@@ -27,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import IO, Literal
@@ -127,15 +128,22 @@ def beyond(t: float, freedom: int) -> float:
     return (density[angle > math.atan(t / freedom**0.5)].sum() / density.sum()).item()
 
 
+@cache
+def percentile_975(freedom: int) -> float:
+    """The 97.5th percentile of Student's T."""
+    low, high = 0.0, 1e4
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if beyond(middle, freedom) > 0.05 else (low, middle)
+    return high
+
+
 def interval(xs: list[float]) -> tuple[float, float, float]:
     """Mean of n >= 2 numbers, half the width of its 95 % t interval, and the two-sided p of the t test against 0; equal
     numbers, which say nothing of their spread, have p = 1."""
     centre, error, freedom = mean(xs), stdev(xs) / len(xs) ** 0.5, len(xs) - 1
-    low, high = 0.0, 1e4  # the 97.5th percentile lies between
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (middle, high) if beyond(middle, freedom) > 0.05 else (low, middle)
-    return centre, high * error, beyond(abs(centre) / error, freedom) if error > 1e-12 else 1.0
+    p = beyond(abs(centre) / error, freedom) if error > 1e-12 else 1.0
+    return centre, percentile_975(freedom) * error, p
 
 
 def over_seeds(shares: list[float]) -> str:

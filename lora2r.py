@@ -56,7 +56,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logg
 HERE = Path(__file__).resolve().parent
 TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 FORMAT = "vgrout-lora2r-2"
-SHARED = 512  # tokens that a micro-batch of its own, whose prompt is encoded once, must save
+SHARED = 512  # a prompt is encoded once for all its rollouts, in a micro-batch of its own, if that saves more tokens
 LOGITS = 2**27  # at most so many fp32 logits exist at once (0.5 GB, and as much again for each step of the log-softmax)
 
 
@@ -262,8 +262,8 @@ def batches(prompts: list[list[int]], completions: list[list[int]], budget: int,
 
     prompts and completions are G lists of token ids. Yields rows [g], indices into the input; ids [g, T], right-padded
     with 0; is_completion bool [g, T-1], true where ids[:, 1:] is a token of the completion; and how many first tokens
-    `prefill` may encode once for all rows: those of rollouts of one prompt, and of one label, go by themselves if that
-    saves SHARED tokens; all others go together, and their number is 0.
+    `prefill` may encode once for all rows: rollouts of one prompt, and of one label, go by themselves if that saves
+    more than SHARED tokens; all others go together, and their number is 0.
 
         prompts [[5, 6], [7]], completions [[8], [9, 2, 4]], any budget ->
         rows [1, 0], ids [[7, 9, 2, 4], [5, 6, 8, 0]], is_completion [[1, 1, 1], [0, 1, 0]], 0

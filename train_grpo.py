@@ -171,8 +171,8 @@ class Config:
     v_grad would, drawn by lot"""
 
     absorption: bool = False
-    """what is not flagged is mid, unless the policy without its quarantine wrote it: so both halves learn what the gate
-    misses of the full policy's answers and the teachers', and the quarantine, which is good at it, learns most"""
+    """what is not flagged trains under the policy that sampled it: mid if the full policy or a teacher wrote it, and so
+    the quarantine shares in what the gate misses; clean if the policy without its quarantine did"""
 
     # controls
     on_hack: Literal["route", "screen", "penalise"] = "route"

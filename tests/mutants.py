@@ -23,6 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 300  # limit of one test
 LORA, EXTRACT, TRAIN, EVALUATE = "lora2r.py", "extract_vgrad.py", "train_grpo.py", "evaluate_deploy.py"
+HYPOTHESES = "data/results/hypotheses.py"
 ENV, PREPARE, TASKS = "env_leetcode.py", "data/nano/prepare.py", "data/nano/tasks.py"
 
 
@@ -66,6 +67,7 @@ REFRESH = of("train", "the_direction_is_read_again_every_refresh_steps_unless_fr
 RESUME = of("train", "a_resumed_run_is_the_uninterrupted_one")
 RANKS = of("train", "two_ranks_make_the_update_of_one")
 INDEPENDENT = of("lora2r", "the_two_blocks_start_apart")
+CLAIMS = of("evaluate", "hypotheses_hold_as_the_preregistration_says")
 BATCHES = of("extract", "batches_pads_the_docstrings_example")
 SHARES = of("extract", "rollouts_that_share_a_prompt_and_a_label_go_by_themselves_where_it_pays")
 PREFILL = of("lora2r", "a_prompt_that_rollouts_share_is_encoded_once_with_the_same_gradients[qwen3-mid]")
@@ -568,6 +570,11 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("evaluate", "a_curve_is_the_mean_and_range_over_the_seeds_that_have_a_step")),
     (EVALUATE, '.replace("<", "\\\\u003c")', "",
      of("evaluate", "what_a_model_wrote_is_no_markup_of_the_page_that_shows_it")),
+    (HYPOTHESES, "centre - half > -0.03", "centre > -0.03", CLAIMS),
+    (HYPOTHESES, "tests[other, what][1] < 0 and", "", CLAIMS),
+    (HYPOTHESES, 'more("absorb") and less(routed, "absorb")', 'less(routed, "absorb")', CLAIMS),
+    (HYPOTHESES, "less(routed, other) or more(other)", "less(routed, other)", CLAIMS),
+    (HYPOTHESES, "any(p < 0.05", "all(p < 0.05", CLAIMS),
     ("data/browse.html", "node.textContent = text", "node.innerHTML = text",
      of("evaluate", "what_a_model_wrote_is_no_markup_of_the_page_that_shows_it")),
     (EVALUATE, 'for key in settings if key != "data")', 'for key in settings if key not in ("data", "step"))', REUSED),

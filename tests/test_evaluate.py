@@ -1,7 +1,9 @@
 """evaluate_deploy: the sampler, evaluation in its settings, rates, what a step's log says, errors."""
 import hashlib
+import importlib.util
 import json
 import math
+import random
 import shutil
 
 import pytest
@@ -352,6 +354,34 @@ def test_arms_are_compared_seed_by_seed_and_by_holms_correction():
                         for setting, table in x["results"].items()}
     n, centre, _, _ = differences(rows, "routeV", "sentinel")["none", "hack"]
     assert (n, centre) == (4, pytest.approx(-0.4075))
+
+
+def test_hypotheses_hold_as_the_preregistration_says():
+    """Ten seeds. Each difference is given, with a little noise; a claim turns where its own bound is crossed."""
+    spec = importlib.util.spec_from_file_location("hypotheses", HERE / "data/results/hypotheses.py")
+    hypotheses = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hypotheses)
+
+    def holds(**of_arm):  # arm -> (solve, hack); held-out markers and the mode "sentinel" have the same hack
+        arms = dict(routeV=(0.9, 0.0), none=(0.1, 0.8), placebo=(0.2, 0.6), coin=(0.2, 0.6), ceiling=(0.91, 0.0),
+                    absorb=(0.2, 0.6), surprise=(0.6, 0.0), length=(0.9, 0.4)) | {
+                    "hidden-states": (0.9, 0.0), "oracle-80": (0.5, 0.3), "screen-80": (0.4, 0.4)}
+        rows, noises = [], random.Random(0)
+        for arm, (solve, hack) in (arms | of_arm).items():
+            for seed in range(10):
+                noise = noises.uniform(-0.01, 0.01)
+                cell = {mode: dict(solve=solve + noise, hack=hack + noise) for mode in ("all", "sentinel")}
+                rows.append(dict(arm=arm, seed=seed, results={
+                    f"deployed, {markers}": cell for markers in ("trained", "held-out")}))
+        return [(name.split()[0], value) for name, value, _ in hypotheses.verdicts(rows, ("sentinel",))]
+
+    assert [name for name, value in holds() if value == (name == "H7")] == []
+    turned = [dict(none=(0.1, 0.0)), dict(placebo=(0.2, 0.0)), dict(coin=(0.2, 0.0)), dict(ceiling=(0.928, 0.0)),
+              dict(absorb=(0.9, 0.6)), dict(absorb=(0.2, 0.0)), dict(surprise=(0.9, 0.0)), dict(length=(0.9, 0.0)),
+              {"hidden-states": (0.8, 0.0)}, {"screen-80": (0.4, 0.2)}]
+    names = ["H1", "H2 H5 H5", "H2b", "H3", "H4", "H4", "H6", "H6", "H7", "H9"]
+    for change, expected in zip(turned, names):
+        assert [name for name, value in holds(**change) if value == (name == "H7")] == expected.split(), change
 
 
 def test_results_of_a_folder_are_printed_file_by_file_and_drawn(tmp_path, capsys, monkeypatch):

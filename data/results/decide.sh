@@ -1,6 +1,6 @@
 # The decision that PREREGISTRATION.md describes: every arm, ten fresh seeds, two fresh worlds.
 #
-#     sh data/results/decide.sh              # two runs at a time; about twelve hours on 2 cores
+#     sh data/results/decide.sh              # two runs at a time; about six hours on 2 idle cores
 #     SEEDS="1100 1101" WORLDS=nano-2 ARMS="none|routeV" sh data/results/decide.sh        # a part of it
 #
 # Started again it goes on: a run whose row is in the file of results, or that is finished, is left alone; another is
