@@ -506,6 +506,9 @@ def test_curves_are_drawn_from_kept_rows_alone(tmp_path):
     band, = panels[0].collections
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (0.25, 0.75), "lowest and highest seed"
+    (tmp_path / "v.jsonl").write_text(before)
+    main(Config(results=tmp_path, curves=tmp_path / "curves.svg"))
+    assert [axes.get_title("left") for axes in pyplot.gcf().axes[::9]] == ["v: solve, deployed", "w: solve, deployed"]
     (tmp_path / "w.jsonl").write_text(json.dumps(rows[-1]) + "\n")
     with pytest.raises(InputError, match="no row of these results has a curve"):
         main(Config(results=tmp_path / "w.jsonl", curves=tmp_path / "curves.svg"))
