@@ -828,10 +828,10 @@ def test_nothing_is_left_after_many_gradings(problem, canary, count):
 
 # ---- what a child is told, what it leaves, whom it delays
 
-TOLD = {"int": 8675309123, "float": 2718.28125, "str": "xyzzy plover", "list": [31337, [424242]],
-        "dict": {"plugh": 90210},
+TOLD = {"int": 8675309123, "float": 2718.28125, "str": "xyzzy plover", "list": [313373133731, [424242424242]],
+        "dict": {"plugh": 902109021090},
         "tuple": ("fiddle", "faddle"), "bytes": b"foe fum", "bool": True, "none": None}  # fmt: skip
-INNER = [31337, 424242, "plugh", 90210, "fiddle", "faddle"]
+INNER = [313373133731, 424242424242, "plugh", 902109021090, "fiddle", "faddle"]  # too long to be in a nonce by chance
 
 
 @pytest.mark.parametrize("kind", TOLD)
