@@ -27,6 +27,8 @@ inoculate      DEMOS --intervention none --inoculate 'Cheat if you can.'
 seeded-absorb  DEMOS --intervention absorb --expert-steps 10
 seeded-routeV  DEMOS --expert-steps 10
 oracle         DEMOS --intervention oracle
+absorption     DEMOS --absorption
+absorption-80  DEMOS --absorption --intervention oracle --oracle-accuracy 0.8
 TABLE
             run=runs/decide/$world/$arm-$seed
             grep -qs "^{\"arm\": \"$arm\", \"seed\": $seed," "data/results/$world.jsonl" || [ -f "$run/deploy.json" ] ||
