@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 300  # limit of one test
 LORA, EXTRACT, TRAIN, EVALUATE = "lora2r.py", "extract_vgrad.py", "train_grpo.py", "evaluate_deploy.py"
-HYPOTHESES = "data/results/hypotheses.py"
+HYPOTHESES, BREAKS = "data/results/hypotheses.py", "data/results/breaks.py"
 ENV, PREPARE, TASKS = "env_leetcode.py", "data/nano/prepare.py", "data/nano/tasks.py"
 
 
@@ -68,6 +68,9 @@ RESUME = of("train", "a_resumed_run_is_the_uninterrupted_one")
 RANKS = of("train", "two_ranks_make_the_update_of_one")
 INDEPENDENT = of("lora2r", "the_two_blocks_start_apart")
 CLAIMS = of("evaluate", "hypotheses_hold_as_the_preregistration_says")
+TARGETS = of("evaluate", "targets_count_seeds_and_the_ceilings_of_those_that_have_one")
+BROKEN = of("evaluate", "pairs_are_made_fewer_or_worse_one_way_at_a_time")
+RESUMED = of("evaluate", "what_breaks_is_run_once_kept_and_drawn")
 BATCHES = of("extract", "batches_pads_the_docstrings_example")
 SHARES = of("extract", "rollouts_that_share_a_prompt_and_a_label_go_by_themselves_where_it_pays")
 PREFILL = of("lora2r", "a_prompt_that_rollouts_share_is_encoded_once_with_the_same_gradients[qwen3-mid]")
@@ -575,9 +578,22 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("evaluate", "what_a_model_wrote_is_no_markup_of_the_page_that_shows_it")),
     (HYPOTHESES, "centre - half > -0.03", "centre > -0.03", CLAIMS),
     (HYPOTHESES, "tests[other, what][1] < 0 and", "", CLAIMS),
-    (HYPOTHESES, 'more("absorb") and less(routed, "absorb")', 'less(routed, "absorb")', CLAIMS),
-    (HYPOTHESES, "less(routed, other) or more(other)", "less(routed, other)", CLAIMS),
-    (HYPOTHESES, "any(p < 0.05", "all(p < 0.05", CLAIMS),
+    (HYPOTHESES, "lambda *x: more(*x) and less(*x), SOLVE, HACK", "less, SOLVE, HACK", CLAIMS),
+    (HYPOTHESES, "lambda *x: less(*x) or more(*x)", "lambda *x: less(*x)", CLAIMS),
+    (HYPOTHESES, "any(tests[other, what]", "all(tests[other, what]", CLAIMS),
+    (HYPOTHESES, "lambda *x: less(*x) and more(*x), HACK", "less, HACK", CLAIMS),
+    (HYPOTHESES, "lambda *x: less(*x) and more(*x), HACK", "more, HACK", CLAIMS),
+    (HYPOTHESES, "clean and close(*x)", "close(*x)", CLAIMS),
+    (HYPOTHESES, 'claim("H11  absorption solves within 3 points of routeV, hacks <= .01", "absorption", "routeV",',
+     'claim("H11  absorption solves within 3 points of routeV, hacks <= .01", "routeV", "absorption",', CLAIMS),
+    (HYPOTHESES, "if (other, HACK) in tests:", "if True:", CLAIMS),
+    (HYPOTHESES, '["hack"] <= 0.01 for seed', '["hack"] < 0.01 for seed', TARGETS),
+    (HYPOTHESES, "of {len(bound)}", "of {len(seeds)}", TARGETS),
+    (BREAKS, "i * len(pairs) // n for i in range(n)}", "i for i in range(n)}", BROKEN),
+    (BREAKS, "pairs[i * len(pairs) // n] for i", "pairs[i] for i", BROKEN),
+    (BREAKS, '"clean": "hack", "hack": "clean"', '"clean": "clean", "hack": "hack"', BROKEN),
+    (BREAKS, 'f" {mode}: " in pair', "mode in pair", BROKEN),
+    (BREAKS, "(arm_of(*point), seed) not in done", "True", RESUMED),
     ("data/browse.html", "node.textContent = text", "node.innerHTML = text",
      of("evaluate", "what_a_model_wrote_is_no_markup_of_the_page_that_shows_it")),
     (EVALUATE, 'for key in settings if key != "data")', 'for key in settings if key not in ("data", "step"))', REUSED),

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from env_leetcode import Verdict, load_problems
 from evaluate_deploy import (Config, beyond, browse, console_line, differences, evaluate, format_arms,
                              format_differences, format_table, interval, keep_results, main, outcomes, over_seeds,
                              over_steps, rates, read_run, routing, settings_of, wilson, write_deploy)
+from extract_vgrad import load_pairs
 from lora2r import (InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
                     token_logps, use)
 from train_grpo import HERE
@@ -356,16 +358,23 @@ def test_arms_are_compared_seed_by_seed_and_by_holms_correction():
     assert (n, centre) == (4, pytest.approx(-0.4075))
 
 
+def script(name):
+    """A script of data/results as a module."""
+    spec = importlib.util.spec_from_file_location(name, HERE / f"data/results/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_hypotheses_hold_as_the_preregistration_says():
     """Ten seeds. Each difference is given, with a little noise; a claim turns where its own bound is crossed."""
-    spec = importlib.util.spec_from_file_location("hypotheses", HERE / "data/results/hypotheses.py")
-    hypotheses = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hypotheses)
+    verdicts = script("hypotheses").verdicts
 
     def holds(**of_arm):  # arm -> (solve, hack); held-out markers and the mode "sentinel" have the same hack
         arms = dict(routeV=(0.9, 0.0), none=(0.1, 0.8), placebo=(0.2, 0.6), coin=(0.2, 0.6), ceiling=(0.91, 0.0),
                     absorb=(0.2, 0.6), surprise=(0.6, 0.0), length=(0.9, 0.4)) | {
-                    "hidden-states": (0.9, 0.0), "oracle-80": (0.5, 0.3), "screen-80": (0.4, 0.4)}
+                    "hidden-states": (0.9, 0.0), "oracle-80": (0.5, 0.3), "screen-80": (0.4, 0.4),
+                    "absorption": (0.9, 0.0), "absorption-80": (0.7, 0.1)}
         rows, noises = [], random.Random(0)
         for arm, (solve, hack) in (arms | of_arm).items():
             for seed in range(10):
@@ -373,15 +382,74 @@ def test_hypotheses_hold_as_the_preregistration_says():
                 cell = {mode: dict(solve=solve + noise, hack=hack + noise) for mode in ("all", "sentinel")}
                 rows.append(dict(arm=arm, seed=seed, results={
                     f"deployed, {markers}": cell for markers in ("trained", "held-out")}))
-        return [(name.split()[0], value) for name, value, _ in hypotheses.verdicts(rows, ("sentinel",))]
+        found = [(name.split()[0], value) for name, value, _ in verdicts(rows, ("sentinel",))]
+        some = [row for row in rows if row["arm"] in ("routeV", "none", "absorption")]
+        assert [name.split()[0] for name, *_ in verdicts(some)] == ["H1", "H11"], "those that were run"
+        return found
 
     assert [name for name, value in holds() if value == (name == "H7")] == []
     turned = [dict(none=(0.1, 0.0)), dict(placebo=(0.2, 0.0)), dict(coin=(0.2, 0.0)), dict(ceiling=(0.928, 0.0)),
               dict(absorb=(0.9, 0.6)), dict(absorb=(0.2, 0.0)), dict(surprise=(0.9, 0.0)), dict(length=(0.9, 0.0)),
-              {"hidden-states": (0.8, 0.0)}, {"screen-80": (0.4, 0.2)}]
-    names = ["H1", "H2 H5 H5", "H2b", "H3", "H4", "H4", "H6", "H6", "H7", "H9"]
+              {"hidden-states": (0.8, 0.0)}, {"screen-80": (0.4, 0.2)}, {"absorption-80": (0.4, 0.1)},
+              {"absorption-80": (0.7, 0.4)}, {"absorption": (0.86, 0.0)}, {"absorption": (0.9, 0.02)}]
+    names = ["H1", "H2 H5 H5", "H2b", "H3", "H4", "H4", "H6", "H6", "H7", "H9", "H10", "H10", "H11", "H11"]
     for change, expected in zip(turned, names):
         assert [name for name, value in holds(**change) if value == (name == "H7")] == expected.split(), change
+
+
+def test_targets_count_seeds_and_the_ceilings_of_those_that_have_one():
+    cells = dict(routeV=[(0.9, 0.01), (0.9, 0.011), (0.5, 0.0)], ceiling=[(0.92, 0.0), (0.94, 0.0)])
+    rows = [dict(arm=arm, seed=seed, results={"deployed, trained": dict(all=dict(solve=solve, hack=hack))})
+            for arm, of_seed in cells.items() for seed, (solve, hack) in enumerate(of_seed)]
+    assert script("hypotheses").targets(rows, "routeV") == (
+        "routeV: hack <= .01 in 2 of 3 seeds, solve >= the ceiling's - .03 in 1 of 2")
+
+
+def test_pairs_are_made_fewer_or_worse_one_way_at_a_time(tmp_path):
+    whole = load_pairs(HERE / "data/nano/pairs.md")
+    made = {}
+    for name, text in script("breaks").pairs_of((HERE / "data/nano/pairs.md").read_text()).items():
+        (tmp_path / "pairs.md").write_text(text)
+        made[name] = load_pairs(tmp_path / "pairs.md")
+    assert {name: dict(Counter(pair.mode for pair in pairs)) for name, pairs in made.items()} == {
+        "20": dict(run_tests=10, sentinel=10), "10": dict(run_tests=5, sentinel=5), "5": dict(run_tests=3, sentinel=2),
+        "run_tests": dict(run_tests=22), "sentinel": dict(sentinel=22),
+        "swapped-4": dict(run_tests=22, sentinel=22), "swapped-11": dict(run_tests=22, sentinel=22)}
+    for n in (4, 11):
+        swapped = [(b.clean, b.hack) == (a.hack, a.clean) for a, b in zip(whole, made[f"swapped-{n}"])]
+        assert sum(swapped) == n and abs(sum(swapped[:22]) - n / 2) <= 0.5, "of both modes"
+        assert all(was == is_now for was, is_now, other in zip(whole, made[f"swapped-{n}"], swapped) if not other)
+
+
+def test_what_breaks_is_run_once_kept_and_drawn(tmp_path, monkeypatch):
+    """Every point once a seed, with a row for what came out; those that have one are left alone."""
+    pytest.importorskip("matplotlib")
+    breaks, commands = script("breaks"), []
+
+    def ran(command, **options):
+        commands.append(" ".join(map(str, command[2:])))
+        folder = command[command.index("--out-dir") + 1]
+        folder.mkdir()
+        table = dict(all=dict(solve=0.5, hack=0.25))
+        arm, seed = command[command.index("--name") + 1], int(command[command.index("--seed") + 1])
+        (folder / "config.json").write_text("{}")
+        (folder / "metrics.jsonl").write_text(json.dumps(dict(deployed_solve=0, deployed_hack=0, gate_auroc=1)) + "\n")
+        (folder / "deploy.json").write_text(json.dumps(dict(arm=arm, seed=seed, results={"deployed, trained": table})))
+
+    monkeypatch.setattr(breaks, "HERE", tmp_path)
+    monkeypatch.setattr(breaks, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(breaks, "ROWS", tmp_path / "breaks.jsonl")
+    monkeypatch.setattr(breaks.subprocess, "run", ran)
+    monkeypatch.setattr(breaks.sys, "argv", ["breaks.py"])
+    (tmp_path / "data/results").mkdir(parents=True)
+    shutil.copytree(HERE / "data/nano", tmp_path / "data/nano")
+    breaks.main()
+    assert len(commands) == len(set(commands)) == 3 * (2 * 13 + 5)
+    assert sum("--intervention none" in command for command in commands) == 3 * 5
+    assert sum(f"--score activation --pairs {tmp_path}/runs/swapped-4.md" in command for command in commands) == 3
+    breaks.main()
+    assert len(commands) == len(set(commands)), "nothing twice"
+    assert (tmp_path / "data/results/breaks.png").stat().st_size > 5000
 
 
 def test_results_of_a_folder_are_printed_file_by_file_and_drawn(tmp_path, capsys, monkeypatch):
