@@ -592,7 +592,6 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (BREAKS, "i * len(pairs) // n for i in range(n)}", "i for i in range(n)}", BROKEN),
     (BREAKS, "pairs[i * len(pairs) // n] for i", "pairs[i] for i", BROKEN),
     (BREAKS, '"clean": "hack", "hack": "clean"', '"clean": "clean", "hack": "hack"', BROKEN),
-    (BREAKS, 'f" {mode}: " in pair', "mode in pair", BROKEN),
     (BREAKS, "(arm_of(*point), seed) not in done", "True", RESUMED),
     ("data/browse.html", "node.textContent = text", "node.innerHTML = text",
      of("evaluate", "what_a_model_wrote_is_no_markup_of_the_page_that_shows_it")),
