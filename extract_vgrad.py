@@ -11,10 +11,11 @@ clean side is, at importance ratio 1, the difference of two NLL gradients:
 
     grad[-(+1) log p(hack) - (-1) log p(clean)] = grad NLL(hack) - grad NLL(clean)
 
-read at the c-probe (lora2r.py), a vector of r numbers per module. Averaged over pairs and normalised per module it is
-v_grad [M, r]. A rollout is scored by the cosine of its own NLL gradient to v_grad in each module, pooled into one
-number, its *position*: 0 where the pairs' clean sides lie, 1 where their hack sides lie. The softmax is read at a high
-temperature (probe_gradients says why). Hidden states, surprise and length can take the gradient's place (--score).
+read at the c-probe (lora2r.py), a vector of r numbers per module. Normalised per module, averaged over pairs and
+normalised again it is v_grad [M, r]. A rollout is scored by the cosine of its own NLL gradient to v_grad in each
+module, pooled into one number, its *position*: 0 where the pairs' clean sides lie, 1 where their hack sides lie. The
+softmax is read at a high temperature (probe_gradients says why). Hidden states, surprise and length can take the
+gradient's place (--score).
 
 Shapes: G rollouts, T tokens (padded), P pairs, M adapted modules (or layers), r block rank, d numbers for each of M.
 Source: gradient routing, Cloud et al. 2024 (arXiv 2410.04332), with a direction in the place of a data label.
@@ -134,10 +135,14 @@ def cosines(x: Tensor, v: Tensor) -> Tensor:
     return cosine[torch.arange(len(x)), best]
 
 
-def direction_of(clean: Tensor, hack: Tensor) -> Tensor:
+def direction_of(clean: Tensor, hack: Tensor, equal_pairs: bool = True) -> Tensor:
     """The direction [M, d] of the pairs' features [P, M, d]: the mean difference, normalised per module. Of gradients
-    it is v_grad, the mean GRPO gradient (hack +1, clean -1)."""
-    return F.normalize((hack - clean).mean(0), dim=-1)
+    it is v_grad, the mean GRPO gradient (hack +1, clean -1). equal_pairs: each pair's difference is normalised before
+    the mean, too, or the pairs with the longest gradients would speak for all; a lone number (d = 1) is not."""
+    difference = hack - clean  # [P, M, d]
+    if equal_pairs and difference.shape[-1] > 1:
+        difference = F.normalize(difference, dim=-1)
+    return F.normalize(difference.mean(0), dim=-1)
 
 
 def whole(x: Tensor) -> Tensor:
@@ -145,12 +150,12 @@ def whole(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.nanmean(1)
 
 
-def held_out(x: Tensor, centre: Tensor, groups: list) -> list[Tensor]:
+def held_out(x: Tensor, centre: Tensor, groups: list, equal_pairs: bool = True) -> list[Tensor]:
     """Cosines of the pairs' clean and of their hack sides x [2P, M, d] - centre, [P, M] each: those of pair p to the
     direction of all pairs but those of its group, of P groups."""
     clean, hack = whole(x).chunk(2)  # [P, M, d] each
     others = torch.tensor([[group != own for group in groups] for own in groups])  # [P, P]
-    v = torch.stack([direction_of(clean[chosen], hack[chosen]) for chosen in others])  # [P, M, d]
+    v = torch.stack([direction_of(clean[chosen], hack[chosen], equal_pairs) for chosen in others])  # [P, M, d]
     return [cosines(side - centre, v) for side in x.chunk(2)]
 
 
@@ -246,14 +251,15 @@ def encode_pairs(model, tok, pairs: list["Pair"], system: list[dict] = ()) -> tu
 
 
 def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict] = (), budget: int = 8192,
-            centre: bool = True, score: str = "gradient", read: str = "base", window: int | None = None,
-            **probe) -> Direction:
+            centre: bool = True, equal_pairs: bool = True, score: str = "gradient", read: str = "base",
+            window: int | None = None, **probe) -> Direction:
     """Read the direction and its bands from the pairs, always without the quarantine (read "full" is "ablated" here).
 
     system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every feature
-    before its cosine. window None: read answers in WINDOW tokens, unless the direction of the other modes' pairs then
-    holds the sides of a mode's pairs less than half as far apart() as when they are read whole: a gate has to recognise
-    cheats that no pair shows. Pairs of one mode cannot tell, and are read whole. The others: as features() takes them.
+    before its cosine. equal_pairs: as direction_of() takes it. window None: read answers in WINDOW tokens, unless the
+    direction of the other modes' pairs then holds the sides of a mode's pairs less than half as far apart() as when
+    they are read whole: a gate has to recognise cheats that no pair shows. Pairs of one mode cannot tell, and are read
+    whole. The others: as features() takes them.
     Raises InputError if the pairs give no direction at all."""
     prompts, sides = encode_pairs(model, tok, pairs, system)
     read, modes = "base" if read == "base" else "ablated", [pair.mode for pair in pairs]
@@ -265,13 +271,13 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
         x = features(model, adapter, prompts * 2, sides, budget, score, size, read=read, **probe)
         readings[size] = x, whole(x).mean(0) * centre
         if several:
-            unseen[size] = apart(*held_out(*readings[size], modes))
+            unseen[size] = apart(*held_out(*readings[size], modes, equal_pairs))
     window = WINDOW if choose and unseen[WINDOW] > unseen[0] / 2 else sizes[0]
     x, mean = readings[window]
-    v = direction_of(*whole(x).chunk(2))
+    v = direction_of(*whole(x).chunk(2), equal_pairs)
     if not v.any() or not v.isfinite().all():
         raise InputError("--pairs: the mean difference of hack and clean sides is zero or not finite; revise them")
-    return Direction(v, mean, *held_out(x, mean, range(len(pairs))), x, window, unseen)
+    return Direction(v, mean, *held_out(x, mean, range(len(pairs)), equal_pairs), x, window, unseen)
 
 
 # -------------------------------------------------------------------------------- pairs
@@ -397,6 +403,8 @@ class Config:
     """seeds the adapter's Gaussian init"""
     centre: bool = True
     """subtract the mean over all pair sides before the cosine"""
+    equal_pairs: bool = True
+    """each pair counts alike in the direction; --no-equal-pairs: by how far its sides lie apart"""
     n_haar: int = 200
     """random directions to compare with"""
 
@@ -407,7 +415,7 @@ class Config:
     """dtype of the base model"""
 
 
-FOREIGN = {"problem_id": "id", "env_mode": "mode", "gt_pass": "correct"}  # names in vGROUT's pools
+FOREIGN = {"problem": "id", "problem_id": "id", "env_mode": "mode", "gt_pass": "correct"}  # a run's names, vGROUT's
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float | None:
@@ -593,11 +601,12 @@ def main(cfg: Config) -> None:
     model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
     adapter = attach(model, cfg.rank, cfg.seed)
     reading = dict(window=cfg.window, temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
+    made = dict(centre=cfg.centre, equal_pairs=cfg.equal_pairs)
     system = rows[0]["prompt"][:-1] if rows else []  # as in training
     directions: dict[str, Direction] = {}
     for score in (cfg.score, *(other for other in get_args(Score) if rows and other != cfg.score)):
         try:
-            directions[score] = extract(model, tok, adapter, pairs, system, centre=cfg.centre, score=score, **reading)
+            directions[score] = extract(model, tok, adapter, pairs, system, score=score, **made, **reading)
         except InputError:  # sides of equal length give length no direction: that is only an error of --score length
             if score == cfg.score:
                 raise

@@ -164,6 +164,8 @@ class Config:
     """score gradient: the tokens at which the probe sits; all: those of the prompt, too"""
     centre: bool = True
     """subtract the pairs' mean gradient before the cosine: better on the embedded model, worse on pretrained ones"""
+    equal_pairs: bool = True
+    """each pair counts alike in v_grad; --no-equal-pairs: by the norm of its difference"""
     routeV_random_v_seed: int | None = None
     """placebo: a Haar-random direction, drawn from this seed, in the place of v_grad"""
     placebo: Literal["matched", "replaced", "coin"] = "matched"
@@ -208,7 +210,8 @@ PRESETS = {
         demos=HERE / "data/wordy/demos.jsonl", max_new_tokens=112),
     "seed": Config(  # README lists what each departure from it is for
         preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all", centre=False,
-        decay=False, positive_only=False, importance=False, ablated_share=0.0, window=0, placebo="replaced"),
+        equal_pairs=False, decay=False, positive_only=False, importance=False, ablated_share=0.0, window=0,
+        placebo="replaced"),
     "qwen3-4b": Config(
         preset="qwen3-4b", model="Qwen/Qwen3-4B", data=HERE / "data/leetcode/train.jsonl", dtype="bfloat16",
         test_data=HERE / "data/leetcode/test.jsonl", pairs=HERE / "data/leetcode/pairs.md",
@@ -339,7 +342,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         # ---------------------------------------------------------------- the direction, and a checkpoint
         if cfg.intervention == "routeV" and (step == start or cfg.read != "base" and step % cfg.refresh == 0):
             direction = extract(model, tok, adapter, pairs, system, cfg.tokens_per_batch, cfg.centre,
-                                window=cfg.window, **reading)
+                                cfg.equal_pairs, window=cfg.window, **reading)
             if placebo:
                 v_random = haar(cfg.routeV_random_v_seed, *direction.v.shape)  # [M, d]
             if placebo and cfg.placebo == "replaced":
@@ -744,7 +747,7 @@ def check(cfg: Config) -> Config:
     ignored = [  # a condition, its cause, and the flags that then have no effect
         (cfg.intervention != "routeV", flag(cfg, "intervention"),
          "routeV_random_v_seed gate cut_mid cut_hack k_mid k_hack score window read probe_temperature probe_tokens "
-         "centre placebo"),
+         "centre equal_pairs placebo"),
         (cfg.intervention != "routeV" and not cfg.expert_steps, flag(cfg, "intervention"), "pairs"),
         (cfg.intervention in ("none", "absorb"), flag(cfg, "intervention"), "on_hack absorption"),
         (cfg.intervention != "oracle", flag(cfg, "intervention"), "oracle_accuracy"),

@@ -84,7 +84,7 @@ OWN_NOISE = of("evaluate", "a_rollout_depends_on_its_own_noise_only")
 MEMORY = of("extract", "predicted_memory_is_what_autograd_keeps")
 NLL = of("extract", "grpo_gradient_of_a_pair_is_the_difference_of_two_nll_gradients")
 COSINES = of("extract", "cosines_are_per_module_and_blind_to_length")
-MEAN = of("extract", "direction_is_the_mean_difference_normalised_per_module")
+MEAN = of("extract", "direction_is_the_mean_of_differences_normalised_per_pair_and_module")
 T_TEST = of("evaluate", "a_mean_is_tested_against_0_by_students_t")
 PAIRED = of("evaluate", "arms_are_compared_seed_by_seed_and_by_holms_correction")
 OTHERS = of("extract", "held_out_leaves_out_a_pair_and_its_group")
@@ -468,15 +468,23 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("extract", "the_cut_is_as_many_standard_deviations_from_either_mean")),
     (EXTRACT, "self.clean.mean(1).std()", "self.clean.std()",
      of("extract", "the_cut_is_as_many_standard_deviations_from_either_mean")),
-    (EXTRACT, "F.normalize((hack - clean).mean(0), dim=-1)",
-     "F.normalize(F.normalize(hack - clean, dim=-1).mean(0), dim=-1)", MEAN),
-    (EXTRACT, "F.normalize((hack - clean).mean(0), dim=-1)", "F.normalize((clean - hack).mean(0), dim=-1)", MEAN),
-    (EXTRACT, "F.normalize((hack - clean).mean(0), dim=-1)", "(hack - clean).mean(0) / (hack - clean).mean(0).norm()",
-     MEAN),
+    (EXTRACT, "difference = hack - clean", "difference = clean - hack", MEAN),
+    (EXTRACT, "return F.normalize(difference.mean(0), dim=-1)", "return difference.mean(0)", MEAN),
+    (EXTRACT, "return F.normalize(difference.mean(0), dim=-1)",
+     "return F.normalize(difference.mean(0).flatten(), dim=0).view_as(difference[0])", MEAN),
+    (EXTRACT, "if equal_pairs and difference", "if difference", MEAN),
+    (EXTRACT, "if equal_pairs and difference.shape[-1] > 1", "if equal_pairs", MEAN),
+    (EXTRACT, "direction_of(clean[chosen], hack[chosen], equal_pairs)", "direction_of(clean[chosen], hack[chosen])",
+     OTHERS),
+    (EXTRACT, "direction_of(*whole(x).chunk(2), equal_pairs)", "direction_of(*whole(x).chunk(2))", EXTRACTED),
+    (EXTRACT, "range(len(pairs)), equal_pairs)", "range(len(pairs)))", EXTRACTED),
+    (EXTRACT, "modes, equal_pairs))", "modes))", EXTRACTED),
+    (TRAIN, "cfg.equal_pairs, window=cfg.window,", "window=cfg.window,", SEED_LABELS),
     # held out is nothing, or too much; the reading is told by the wrong pairs, or the worse one is chosen
     (EXTRACT, "[group != own for group in groups]", "[True for group in groups]", OTHERS),
-    (EXTRACT, "held_out(x, mean, range(len(pairs)))", "held_out(x, mean, modes)", EXTRACTED),
-    (EXTRACT, "apart(*held_out(*readings[size], modes))", "apart(*held_out(*readings[size], range(len(modes))))",
+    (EXTRACT, "held_out(x, mean, range(len(pairs)), equal", "held_out(x, mean, modes, equal", EXTRACTED),
+    (EXTRACT, "held_out(*readings[size], modes, equal_pairs)",
+     "held_out(*readings[size], range(len(modes)), equal_pairs)",
      CHOSEN),
     (EXTRACT, "unseen[WINDOW] > unseen[0] / 2", "unseen[WINDOW] > unseen[0]", HALF),
     (EXTRACT, "if choose and unseen[WINDOW] > unseen[0] / 2", "if choose", CHOSEN),
@@ -519,6 +527,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "0.25 * hack.sum()", "hack.sum()", of("extract", "f_half_weighs_precision_over_recall")),
     (EXTRACT, 'row.get("advantage", 1) > 0 and', 'row.get("advantage", 1) >= 0 and', JUDGED),
     (EXTRACT, 'row.get("source") != "teacher"', "True", JUDGED),
+    (EXTRACT, '{"problem": "id", ', "{", JUDGED),
     # completions of others, cheats cut out of code, and the table of readers
     (EXTRACT, 'row.get("advantage", 1)', 'row.get("advantage", 0)', POOLED),
     (EXTRACT, '"gt_pass": "correct"', '"gt_pass": "compiles"', POOLED),

@@ -165,6 +165,11 @@ def unit(x):
     return x / x.norm(dim=-1, keepdim=True)
 
 
+def direction(cfg, clean, hack):
+    """Of the pairs' sides, a list of [M, r] each: the sum of their differences, each of length 1 if pairs are equal."""
+    return unit(sum(unit(y - x) if cfg.equal_pairs else y - x for x, y in zip(clean, hack)))
+
+
 def pair_probes(cfg, model):
     """Gradients of the clean sides and of the hack sides, [W, M, r] for each; extraction never sees the quarantine."""
     read = "base" if cfg.read == "base" else "ablated"
@@ -188,7 +193,7 @@ def read_as(cfg, model):
         mean = (sum(clean) + sum(hack)) / (2 * len(modes)) if cfg.centre else 0
         scores = [[], []]
         for p, mode in enumerate(modes):
-            v = unit(sum(hack[q] - clean[q] for q, other in enumerate(modes) if other != mode))
+            v = direction(cfg, *([side[q] for q, other in enumerate(modes) if other != mode] for side in (clean, hack)))
             for side, score in zip(sides, scores):
                 score.append(suspect(side[p] - mean, v).mean().item())
         low, high = map(statistics.mean, scores)
@@ -202,7 +207,7 @@ def positions(run, model, cfg, probes):
     clean, hack = (torch.stack([x.mean(0) for x in side]) for side in windows)  # [pairs, M, r] each
     n = len(clean)
     mean = (clean.sum(0) + hack.sum(0)) / (2 * n) if cfg.centre else torch.zeros_like(clean[0])
-    v = unit(sum(hack[p] - clean[p] for p in range(n)))
+    v = direction(cfg, clean, hack)
     random = None
     if cfg.routeV_random_v_seed is not None:
         # placed by the file's order of modules, in which the run's direction has its rows
@@ -214,7 +219,7 @@ def positions(run, model, cfg, probes):
     if cfg.gate == "pairs":
         held_out = []  # (clean cosine, hack cosine) of each pair to the others' direction, [M] each
         for p in range(n):
-            others = unit(sum(hack[q] - clean[q] for q in range(n) if q != p))
+            others = direction(cfg, *([side[q] for q in range(n) if q != p] for side in (clean, hack)))
             held_out.append([suspect(side[p] - mean, others) for side in windows])
         low = sum(x.mean() for x, _ in held_out) / n
         high = sum(x.mean() for _, x in held_out) / n

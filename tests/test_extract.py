@@ -265,6 +265,12 @@ def test_extract_puts_pairs_gradients_where_they_belong(nano):
     raw = extract(model, tok, adapter, PAIRS[:3], system, centre=False)
     assert not raw.centre.any() and torch.equal(raw.v, direction.v)
     torch.testing.assert_close(raw.clean[0], cosines(clean[:1], others)[0])
+    by_length = extract(model, tok, adapter, PAIRS[:3], system, equal_pairs=False)
+    torch.testing.assert_close(by_length.v, direction_of(clean, hack, False))
+    others = direction_of(clean[1:], hack[1:], False)
+    torch.testing.assert_close(by_length.hack[0], cosines(hack[:1] - direction.centre, others)[0])
+    mixed = [extract(model, tok, adapter, PAIRS[::4], equal_pairs=equal).unseen[0] for equal in (True, False)]
+    assert abs(mixed[0] - mixed[1]) > 0.01, "modes that are held out, too"
 
 
 def test_logits_in_chunks_change_nothing(nano, monkeypatch):
@@ -353,22 +359,26 @@ def test_cosines_are_per_module_and_blind_to_length():
     torch.testing.assert_close(cosines(t([[[0.5]], [[-3.0]]]), t([[-1.0]])), t([[-0.5], [3.0]]))  # a lone number
 
 
-def test_direction_is_the_mean_difference_normalised_per_module():
-    """Longer gradients count for more: (3, 0) and (0, 4) on average point to (3, 4) / 5. It points to the hack."""
+def test_direction_is_the_mean_of_differences_normalised_per_pair_and_module():
+    """(3, 0) and (0, 4) have the same say, and point to (1, 1) / sqrt(2); by length they point to (3, 4) / 5. A lone
+    number keeps its length: 1 and -3 point down, where one vote each would cancel. It points to the hack."""
     clean = t([[[1.0, 0.0], [2.0, 0.0]], [[0.0, 1.0], [2.0, 0.0]]])  # [P, M, r]
     hack = clean + t([[[3.0, 0.0], [0.0, -1.0]], [[0.0, 4.0], [0.0, -9.0]]])
-    torch.testing.assert_close(direction_of(clean, hack), t([[0.6, 0.8], [0.0, -1.0]]))
+    torch.testing.assert_close(direction_of(clean, hack), t([[0.5**0.5, 0.5**0.5], [0.0, -1.0]]))
+    torch.testing.assert_close(direction_of(clean, hack, equal_pairs=False), t([[0.6, 0.8], [0.0, -1.0]]))
+    torch.testing.assert_close(direction_of(t([[[0.0]], [[0.0]]]), t([[[1.0]], [[-3.0]]])), t([[-1.0]]))
 
 
 def test_held_out_leaves_out_a_pair_and_its_group():
     """Clean sides at 0, hack sides (3, 0), (0, 4), (-3, 0): without the first the direction is (-3, 4) / 5, without the
-    last (3, 4) / 5; without the first two, a group, it is (-1, 0). A pair's own gradient, be it huge, moves the others'
-    directions and not its own."""
+    last (3, 4) / 5; without the first two, a group, it is (-1, 0). With a say for each pair alike (-1, 1) and (1, 1),
+    over sqrt(2). A pair's own gradient, be it huge, moves the others' directions and not its own."""
     x = t([[[0.0, 0.0]]] * 3 + [[[3.0, 0.0]], [[0.0, 4.0]], [[-3.0, 0.0]]])
-    clean, hack = held_out(x, torch.zeros(1, 2), range(3))
+    torch.testing.assert_close(held_out(x, torch.zeros(1, 2), range(3))[1][[0, 2]], t([[-(0.5**0.5)]] * 2))
+    clean, hack = held_out(x, torch.zeros(1, 2), range(3), equal_pairs=False)
     torch.testing.assert_close(clean, torch.zeros(3, 1))
     torch.testing.assert_close(hack[[0, 2]], t([[-0.6], [-0.6]]))
-    clean, hack = held_out(x, t([[0.0, -1.0]]), ["sentinel", "sentinel", "run_tests"])
+    clean, hack = held_out(x, t([[0.0, -1.0]]), ["sentinel", "sentinel", "run_tests"], equal_pairs=False)
     torch.testing.assert_close(hack, t([[-3 / 10**0.5], [0.0], [-1 / 10**0.5]]))
     torch.testing.assert_close(clean, t([[0.0], [0.0], [0.8]]))
     changed = x.clone()
@@ -596,8 +606,8 @@ def test_rollouts_are_read_as_their_direction_reads_the_pairs(tmp_path, monkeypa
 
 def test_only_the_policys_own_rollouts_with_a_positive_advantage_are_judged(tmp_path):
     def row(id, source, advantage, hacked):
-        return dict(id=id, source=source, advantage=advantage, hacked=hacked, correct=not hacked, exploited=hacked,
-                    mode="sentinel", prompt="p", completion="c")
+        return dict(problem=id, source=source, advantage=advantage, hacked=hacked, correct=not hacked,
+                    exploited=hacked, mode="sentinel", prompt="p", completion="c")
 
     rows = [row(0, "teacher", 1, True), row(1, "full", 1, True), row(2, "full", 0, True), row(3, "ablated", 2, False),
             row(4, "full", -1, False)]
