@@ -108,7 +108,7 @@ class World:
 
     @property
     def pairs(self) -> Path:
-        return HERE.parent / self.name.removesuffix("-2") / "pairs.md"  # written by hand, and no world's own
+        return HERE.parent / self.name.partition("-")[0] / "pairs.md"  # written by hand, and no world's own
 
 
 WORLDS = {
@@ -125,13 +125,14 @@ WORLDS = {
         fillers=(0.5, 3, 4, 3), p_docstring=0.5, steps=900, samples=5,
         round=(40, 64, 1.2e-4)),
 }
-# For the decision (data/results/): the same worlds made anew, by seeds that nothing was developed on
-WORLDS |= {"nano-2": replace(WORLDS["nano"], seed=1001), "wordy-2": replace(WORLDS["wordy"], seed=1002)}
+# The same worlds made anew, by seeds that nothing was developed on before a decision (data/results/) was made in them
+WORLDS |= {f"{name}-{n}": replace(WORLDS[name], seed=seed) for n, name, seed in (
+    (2, "nano", 1001), (2, "wordy", 1002), (3, "nano", 1003), (3, "wordy", 1004), (4, "wordy", 1005))}
 
 
 @dataclass
 class Config:
-    world: Literal["nano", "wordy", "nano-2", "wordy-2"] = "nano"
+    world: Literal["nano", "wordy", "nano-2", "wordy-2", "nano-3", "wordy-3", "wordy-4"] = "nano"
     """which world; it is written to its folder beside this one"""
     start: Literal["train", "calibrate", "measure"] = "train"
     """train: from nothing. calibrate: go on from the model that is there. measure: only measure it"""
