@@ -138,9 +138,9 @@ def cosines(x: Tensor, v: Tensor) -> Tensor:
 def direction_of(clean: Tensor, hack: Tensor, equal_pairs: bool = True) -> Tensor:
     """The direction [M, d] of the pairs' features [P, M, d]: the mean difference, normalised per module. Of gradients
     it is v_grad, the mean GRPO gradient (hack +1, clean -1). equal_pairs: each pair's difference is normalised before
-    the mean, too, or the pairs with the longest gradients would speak for all; a lone number (d = 1) is not."""
+    the mean, too, or the pairs with the longest gradients would speak for all."""
     difference = hack - clean  # [P, M, d]
-    if equal_pairs and difference.shape[-1] > 1:
+    if equal_pairs:
         difference = F.normalize(difference, dim=-1)
     return F.normalize(difference.mean(0), dim=-1)
 
@@ -256,14 +256,14 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
     """Read the direction and its bands from the pairs, always without the quarantine (read "full" is "ablated" here).
 
     system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every feature
-    before its cosine. equal_pairs: as direction_of() takes it. window None: read answers in WINDOW tokens, unless the
-    direction of the other modes' pairs then holds the sides of a mode's pairs less than half as far apart() as when
-    they are read whole: a gate has to recognise cheats that no pair shows. Pairs of one mode cannot tell, and are read
-    whole. The others: as features() takes them.
+    before its cosine. equal_pairs: of score "gradient", as direction_of() takes it. window None: read answers in
+    WINDOW tokens, unless the direction of the other modes' pairs then holds the sides of a mode's pairs less than
+    half as far apart() as when they are read whole: a gate has to recognise cheats that no pair shows. Pairs of one
+    mode cannot tell, and are read whole. The others: as features() takes them.
     Raises InputError if the pairs give no direction at all."""
     prompts, sides = encode_pairs(model, tok, pairs, system)
     read, modes = "base" if read == "base" else "ablated", [pair.mode for pair in pairs]
-    several = len(set(modes)) > 1
+    several, equal_pairs = len(set(modes)) > 1, equal_pairs and score == "gradient"
     choose = window is None and several and probe.get("tokens") != "all"
     sizes = [0, WINDOW] if choose else [window or 0]
     readings, unseen = {}, {}  # window -> features [2P, M, d] and their mean [M, d]; how far apart() modes lie
@@ -404,7 +404,7 @@ class Config:
     centre: bool = True
     """subtract the mean over all pair sides before the cosine"""
     equal_pairs: bool = True
-    """each pair counts alike in the direction; --no-equal-pairs: by how far its sides lie apart"""
+    """score gradient: each pair counts alike in v_grad; --no-equal-pairs: by the norm of its difference"""
     n_haar: int = 200
     """random directions to compare with"""
 

@@ -165,7 +165,7 @@ class Config:
     centre: bool = True
     """subtract the pairs' mean gradient before the cosine: better on the embedded model, worse on pretrained ones"""
     equal_pairs: bool = True
-    """each pair counts alike in v_grad; --no-equal-pairs: by the norm of its difference"""
+    """score gradient: each pair counts alike in v_grad; --no-equal-pairs: by the norm of its difference"""
     routeV_random_v_seed: int | None = None
     """placebo: a Haar-random direction, drawn from this seed, in the place of v_grad"""
     placebo: Literal["matched", "replaced", "coin"] = "matched"
@@ -753,7 +753,7 @@ def check(cfg: Config) -> Config:
         (cfg.intervention != "oracle", flag(cfg, "intervention"), "oracle_accuracy"),
         (cfg.gate == "batch", "--gate batch", "cut_mid cut_hack"),
         (cfg.gate == "pairs", "--gate pairs", "k_mid k_hack"),
-        (cfg.score != "gradient", flag(cfg, "score"), "read probe_temperature probe_tokens"),
+        (cfg.score != "gradient", flag(cfg, "score"), "read probe_temperature probe_tokens equal_pairs"),
         (cfg.window, flag(cfg, "window"), "probe_tokens"),
         (cfg.routeV_random_v_seed is None, "no --routeV-random-v-seed", "placebo"),
         (cfg.mix_ratio == 0, "--mix-ratio 0", "mix_steps demos"),
