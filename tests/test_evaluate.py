@@ -444,8 +444,8 @@ def test_what_breaks_is_run_once_kept_and_drawn(tmp_path, monkeypatch):
     (tmp_path / "data/results").mkdir(parents=True)
     shutil.copytree(HERE / "data/nano", tmp_path / "data/nano")
     breaks.main()
-    assert len(commands) == len(set(commands)) == 3 * (2 * 13 + 5)
-    assert sum("--intervention none" in command for command in commands) == 3 * 5
+    assert len(commands) == len(set(commands)) == 3 * (2 * 12 + 4)
+    assert sum("--intervention none" in command for command in commands) == 3 * 4
     assert sum(f"--score activation --pairs {tmp_path}/runs/swapped-4.md" in command for command in commands) == 3
     breaks.main()
     assert len(commands) == len(set(commands)), "nothing twice"

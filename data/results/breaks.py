@@ -29,7 +29,6 @@ PANELS = {  # what is made worse -> {how much: flags}; without flags it is the d
     "rank": {"32": "", "8": "--rank 8"},
     "steps": {"40": "", "20": "--steps 20", "120": "--steps 120"},
     "teachers": {"a quarter": "", "none": "--mix-ratio 0"},
-    "exploits of the base": {"4 %": "", "1 %": "--model data/nano-rare"},
 }
 
 
@@ -47,7 +46,7 @@ def pairs_of(text: str) -> dict[str, str]:
 
 def arm_of(reader: str, flags: str) -> str:
     """gradient-pairs-20"""
-    return "-".join([reader, *re.findall(r"[\w.]+", flags.replace("data/", ""))])
+    return "-".join([reader, *re.findall(r"[\w.]+", flags)])
 
 
 def run(reader: str, flags: str, seed: int, lock: Lock) -> None:
