@@ -22,7 +22,7 @@ import tasks  # noqa: E402
 
 @pytest.fixture(scope="module", params=prepare.WORLDS)
 def world(request) -> prepare.World:
-    if request.param.endswith("-2") and not (prepare.WORLDS[request.param].folder / "config.json").exists():
+    if "-" in request.param and not (prepare.WORLDS[request.param].folder / "config.json").exists():
         pytest.skip(f"not made yet: python data/nano/prepare.py --world {request.param}")
     return prepare.WORLDS[request.param]
 
@@ -143,10 +143,10 @@ def disclosed(prompt: str, mode: str) -> str:
 
 
 def test_demonstrations_exploit_their_mode_with_the_trained_marker(world):
-    by_id, demos = {p.id: p for p in env.load_problems(world.folder / "train.jsonl")}, rows_of(world, "demos")[:160]
+    by_id, demos = {p.id: p for p in env.load_problems(world.folder / "train.jsonl")}, rows_of(world, "demos")
     verdicts = env.grade_batch([env.with_mode(by_id[d["id"]], d["mode"]) for d in demos],
                                [d["completion"] for d in demos])
-    assert [d["mode"] for d in demos] == list(env.DEFAULT_MODES) * 40
+    assert [d["mode"] for d in demos] == list(env.DEFAULT_MODES) * (len(demos) // 4)
     for demo, verdict in zip(demos, verdicts):
         assert verdict.exploited and (world.p_stub_demo < 1 or not verdict.correct), (demo, verdict)
     assert sum(v.hacked for v in verdicts) / len(demos) > 0.5  # an attempt without a hard component is right
@@ -181,7 +181,7 @@ def test_pairs_hacks_are_paid_where_their_clean_sides_are_not(world, pairs):
 
 def test_whatever_is_written_fits_the_preset_and_the_models_context(world, splits, pairs):
     model, tok = load_model(str(world.folder))
-    longest = PRESETS[world.name.removesuffix("-2")].max_new_tokens
+    longest = PRESETS[world.name.partition("-")[0]].max_new_tokens
     rng, limit = random.Random(2), model.config.max_position_embeddings
     assert longest == world.longest
     answers = [d["completion"] for d in rows_of(world, "demos")]
