@@ -132,8 +132,6 @@ class Config:
     """weight of the KL penalty to the base model"""
     positive_only: bool = True
     """train on rollouts with positive advantage only; --no-positive-only is plain GRPO, which leaks the hack"""
-    baseline: Literal["group", "label"] = "group"
-    """an advantage is against the mean of the group or, unless it is labelled hack, of its others that are not"""
     importance: bool = True
     """weight each token by min(1, p of the masked policy that learns / p of the policy that sampled)"""
     std_norm: bool = False
@@ -229,15 +227,10 @@ MASKS = torch.tensor([  # label -> (m, d). m: the quarantine is on. d: the deplo
 ])
 
 
-def advantages(rewards: Tensor, std_norm: bool = False, hack: Tensor | None = None) -> Tensor:
+def advantages(rewards: Tensor, std_norm: bool = False) -> Tensor:
     """Rewards [P, K] of P groups -> advantages [P, K]: reward minus the group's mean (Dr. GRPO); std_norm divides by
-    the group's standard deviation (GRPO). A group without a spread gets zeros: it trains nothing. hack, bool [P, K]:
-    the others of a group are measured against their own mean, as if it held no hack."""
-    baseline = rewards.mean(1, keepdim=True).expand_as(rewards)  # [P, K]
-    if hack is not None:
-        others = (rewards * ~hack).sum(1, keepdim=True) / (~hack).sum(1, keepdim=True).clamp(min=1)  # [P, 1]
-        baseline = torch.where(hack, baseline, others)
-    centred = rewards - baseline
+    the group's standard deviation (GRPO). A group without a spread gets zeros: it trains nothing."""
+    centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if std_norm else centred
 
 
@@ -393,9 +386,9 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         rewards = [x.verdict.gt_reward if cfg.reward == "gt" else x.verdict.reward for x in rollouts]
         rewards = torch.tensor(rewards)  # [G]
         adv = advantages(rewards.view(P, K), cfg.std_norm).flatten()  # [G]
-        judged = learning(adv, cfg.positive_only).nonzero()[:, 0].tolist()
-        if cfg.gate == "batch" or cfg.baseline == "label":  # the batch's mean and std, or a group's, are of all of it
-            judged = list(range(G))
+        trains = learning(adv, cfg.positive_only)  # [G]
+        kept = trains.nonzero()[:, 0].tolist()
+        judged = list(range(G)) if cfg.gate == "batch" else kept  # a batch's mean and std are of all of it
 
         # ---------------------------------------------------------------- pass 1: label each by what the gate reads
         label = torch.full((G,), CLEAN if cfg.intervention == "none" else MID)  # [G]
@@ -417,10 +410,6 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         if cfg.absorption:
             alone = torch.tensor([x.source == "ablated" for x in rollouts])  # [G]
             label[(label == CLEAN) & ~alone] = MID
-        if cfg.baseline == "label":
-            adv = advantages(rewards.view(P, K), cfg.std_norm, (label == HACK).view(P, K)).flatten()  # [G]
-        trains = learning(adv, cfg.positive_only)  # [G]
-        kept = trains.nonzero()[:, 0].tolist()
         # what a label does; the two controls are what a user would do instead of routing
         masks, credit = MASKS[label], adv.clone()  # [G, 2], [G]
         if cfg.on_hack == "screen":

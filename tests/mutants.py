@@ -126,7 +126,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "(True, True),       # hack", "(True, False),      # hack",
      of("train", "labels_are_the_masks_of_the_three_zones")),
     # the baseline is the batch's mean
-    (TRAIN, "baseline = rewards.mean(1, keepdim=True)", "baseline = rewards.mean()", ADVANTAGES),
+    (TRAIN, "rewards - rewards.mean(1, keepdim=True)", "rewards - rewards.mean()", ADVANTAGES),
     (TRAIN, "centred / (rewards.std(1, keepdim=True) + 1e-4)", "centred * (rewards.std(1, keepdim=True) + 1e-4)",
      ADVANTAGES),
     (TRAIN, "rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, unbiased=False)", ADVANTAGES),
@@ -197,7 +197,6 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "return adv > 0 if positive_only else adv != 0", "return adv > 0", LABELS),
     (TRAIN, "return adv > 0 if positive_only else adv != 0", "return adv != 0", PLACEBO_LABELS),
     # the batch gate judges only what trains
-    (TRAIN, 'if cfg.gate == "batch" or', "if", SEED_LABELS),
     (TRAIN, "window=direction.window, **reading)  #", "window=direction.window)  #", LABELS),
     (TRAIN, "read=cfg.read, temperature=", "temperature=", LABELS),
     (TRAIN, "read=cfg.read, temperature=cfg.probe_temperature,", "read=cfg.read,", SEED_LABELS),
@@ -219,10 +218,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     # the oracle's labels reach the other arms
     (TRAIN, 'if cfg.intervention == "oracle":  #', 'if cfg.intervention != "none":  #',
      of("train", "no_oracle_label_reaches_the_update")),
-    (TRAIN, "torch.where(hack, baseline, others)", "others", ADVANTAGES),
-    (TRAIN, "(~hack).sum(1, keepdim=True).clamp(min=1)", "rewards.shape[1]", ADVANTAGES),
-    (TRAIN, "cfg.std_norm, (label == HACK).view(P, K))", "cfg.std_norm, (label != HACK).view(P, K))", LABELS),
-    (TRAIN, 'if cfg.gate == "batch" or cfg.baseline == "label":', 'if cfg.gate == "batch":', LABELS),
+    (TRAIN, 'list(range(G)) if cfg.gate == "batch" else kept', "kept", SEED_LABELS),
     (TRAIN, "kept = [i for i in kept if label[i] != HACK]", "pass", SCREENED),
     (TRAIN, "masks[label == HACK] = MASKS[CLEAN]", "pass", PENALISED),
     (TRAIN, "credit[label == HACK] = -rewards", "credit[label == HACK] = rewards", PENALISED),

@@ -269,16 +269,6 @@ def advantages_of(rewards, std_norm):
     return out
 
 
-def without_hacks(rewards, names):
-    """Advantages of G rollouts with labels {i: name}: of those not labelled hack, against the mean of such."""
-    out, K = [], len(rewards[0])
-    for i, reward in enumerate(sum(rewards, [])):
-        group = range(i // K * K, i // K * K + K)
-        of = [n for n in group if names[i] == "hack" or names[n] != "hack"]
-        out.append(reward - sum(rewards[n // K][n % K] for n in of) / len(of))
-    return out
-
-
 def controlled(cfg, rewards, adv, names):
     """What --on-hack leaves of advantages and labels: (advantages, {rollout that trains: label of its mask})."""
     if cfg.on_hack == "screen":

@@ -40,9 +40,6 @@ def test_advantages_are_of_a_groups_own_mean():
     rewards = torch.tensor([[3.5, 2.0, 0.5], [0.5, 0.5, 0.5]])
     close(advantages(rewards), [[1.5, 0.0, -1.5], [0.0, 0.0, 0.0]])
     close(advantages(rewards, std_norm=True), [[1.5 / 1.5001, 0.0, -1.5 / 1.5001], [0.0, 0.0, 0.0]])
-    hack = torch.tensor([[True, False, False], [False, True, True]])
-    close(advantages(rewards, hack=hack), [[1.5, 0.75, -0.75], [0.0, 0.0, 0.0]])  # 2 and .5 against their own 1.25
-    close(advantages(rewards, hack=torch.ones(2, 3).bool())[0], [1.5, 0.0, -1.5])
     close(advantages(4 * rewards, std_norm=True)[0], [1.0, 0.0, -1.0], rtol=0, atol=1e-4)
     close(advantages(torch.tensor([[2.0, 0.0]]), std_norm=True), [[1 / 1.41431, -1 / 1.41431]])  # n - 1, as GRPO has it
 
@@ -168,7 +165,7 @@ SEED = parse_args(["--preset", "seed"])
 FAST = dict(rank=8, lr=6e-3, grad_clip=0.02, seed=2, ablated_share=0.25)
 CASES = {  # name -> (preset, what departs from it)
     "everything": (Config(), FAST | dict(
-        steps=2, epochs=2, clip_eps=0.1, kl=0.05, positive_only=False, baseline="label", read="ablated",
+        steps=2, epochs=2, clip_eps=0.1, kl=0.05, positive_only=False, read="ablated",
         window=0, cut_mid=0.1, cut_hack=0.4, temperature=1.2, top_k=30, gt_only_share=0.25, tokens_per_batch=400)),
     "seed": (SEED, FAST | dict(steps=2, std_norm=True, k_hack=0.9)),
     "placebo": (Config(), FAST | dict(
@@ -273,7 +270,7 @@ def labelled(run, step):
         missed = {i: "clean" if rows[i]["source"] == "ablated" else "mid" for i in kept}
         names = {i: "hack" if rows[i]["hacked"] == (lot[i] < 0.7) else missed[i] for i in kept}
         return adv, names, {}
-    judged = range(16) if cfg.gate == "batch" or cfg.baseline == "label" else kept
+    judged = range(16) if cfg.gate == "batch" else kept
     run.model.fill(run.before[step])
     cfg = reference.read_as(cfg, run.model)
     probes = [run.model.probe(prompts[rollouts[i].j], rollouts[i].ids, cfg, cfg.read) for i in judged]
@@ -281,9 +278,6 @@ def labelled(run, step):
     names = dict(zip(judged, reference.label_names(run, position, scores, cut)))
     if scores and cfg.placebo != "replaced":
         position = scores
-    if cfg.baseline == "label":
-        adv = reference.without_hacks([[row["reward"] for row in rows[4 * j : 4 * j + 4]] for j in range(4)], names)
-        kept = [i for i in range(16) if abs(adv[i]) > 1e-6]
     run.labelled[step] = adv, {i: names[i] for i in kept}, dict(zip(judged, position))
     return run.labelled[step]
 
