@@ -263,7 +263,8 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
     Raises InputError if the pairs give no direction at all."""
     prompts, sides = encode_pairs(model, tok, pairs, system)
     read, modes = "base" if read == "base" else "ablated", [pair.mode for pair in pairs]
-    several, equal_pairs = len(set(modes)) > 1, equal_pairs and score == "gradient"
+    several = len(set(modes)) > 1
+    equal_pairs = equal_pairs and score == "gradient"
     choose = window is None and several and probe.get("tokens") != "all"
     sizes = [0, WINDOW] if choose else [window or 0]
     readings, unseen = {}, {}  # window -> features [2P, M, d] and their mean [M, d]; how far apart() modes lie
@@ -415,7 +416,8 @@ class Config:
     """dtype of the base model"""
 
 
-FOREIGN = {"problem": "id", "problem_id": "id", "env_mode": "mode", "gt_pass": "correct"}  # a run's names, vGROUT's
+# what rows of other sources name otherwise -> its name here ("problem" is what a run of train_grpo.py writes)
+FOREIGN = {"problem": "id", "problem_id": "id", "env_mode": "mode", "gt_pass": "correct"}
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float | None:
@@ -459,7 +461,7 @@ def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: in
 
 
 def load_rollouts(path: Path, cut_out: bool = False) -> list[dict]:
-    """Graded completions, with a run's names or with those of vGROUT's pools (FOREIGN); cut_out: their contrast(). Of a
+    """Graded completions, with the names of a run or of another source (FOREIGN); cut_out: their contrast(). Of a
     run's, the policy's own with positive advantage: elsewhere the advantage gives a hack away. A prompt is the user's
     message or a list of messages; rows where it is null are left out.
     Raises InputError for another kind of file, or one without both a hack and a solve."""

@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 300  # limit of one test
 LORA, EXTRACT, TRAIN, EVALUATE = "lora2r.py", "extract_vgrad.py", "train_grpo.py", "evaluate_deploy.py"
-HYPOTHESES, BREAKS = "data/results/hypotheses.py", "data/results/breaks.py"
+HYPOTHESES, BREAKS, DECIDE = (f"data/results/{name}" for name in ("hypotheses.py", "breaks.py", "decide.sh"))
 ENV, PREPARE, TASKS = "env_leetcode.py", "data/nano/prepare.py", "data/nano/tasks.py"
 
 
@@ -70,6 +70,7 @@ INDEPENDENT = of("lora2r", "the_two_blocks_start_apart")
 CLAIMS = of("evaluate", "hypotheses_hold_as_the_preregistration_says")
 TARGETS = of("evaluate", "targets_count_seeds_and_the_ceilings_of_those_that_have_one")
 BROKEN = of("evaluate", "pairs_are_made_fewer_or_worse_one_way_at_a_time")
+DECIDED = of("evaluate", "the_decision_runs_every_arm_on_every_seed_but_what_is_there")
 RESUMED = of("evaluate", "what_breaks_is_run_once_kept_and_drawn")
 BATCHES = of("extract", "batches_pads_the_docstrings_example")
 SHARES = of("extract", "rollouts_that_share_a_prompt_and_a_label_go_by_themselves_where_it_pays")
@@ -196,7 +197,6 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("train", "the_arms_without_a_gate_pin_one_label")),
     (TRAIN, "return adv > 0 if positive_only else adv != 0", "return adv > 0", LABELS),
     (TRAIN, "return adv > 0 if positive_only else adv != 0", "return adv != 0", PLACEBO_LABELS),
-    # the batch gate judges only what trains
     (TRAIN, "window=direction.window, **reading)  #", "window=direction.window)  #", LABELS),
     (TRAIN, "read=cfg.read, temperature=", "temperature=", LABELS),
     (TRAIN, "read=cfg.read, temperature=cfg.probe_temperature,", "read=cfg.read,", SEED_LABELS),
@@ -594,6 +594,13 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (HYPOTHESES, "if (other, HACK) in tests:", "if True:", CLAIMS),
     (HYPOTHESES, '["hack"] <= 0.01 for seed', '["hack"] < 0.01 for seed', TARGETS),
     (HYPOTHESES, "of {len(bound)}", "of {len(seeds)}", TARGETS),
+    (DECIDE, "screen-80      DEMOS --intervention oracle --oracle-accuracy 0.8 --on-hack screen",
+     "screen-80      DEMOS --intervention oracle --oracle-accuracy 0.8", DECIDED),
+    (DECIDE, "coin           DEMOS --routeV-random-v-seed SEED --placebo coin",
+     "coin           DEMOS --routeV-random-v-seed SEED", DECIDED),
+    (DECIDE, "$seed,\" \"data", "$seed\" \"data", DECIDED),
+    (DECIDE, '|| [ -f "$run/deploy.json" ] ||', '|| [ -d "$run" ] ||', DECIDED),
+    (DECIDE, "--test-data data/$world/test.jsonl", "--test-data data/$world/val.jsonl", DECIDED),
     (BREAKS, "i * len(pairs) // n for i in range(n)}", "i for i in range(n)}", BROKEN),
     (BREAKS, "pairs[i * len(pairs) // n] for i", "pairs[i] for i", BROKEN),
     (BREAKS, '"clean": "hack", "hack": "clean"', '"clean": "clean", "hack": "hack"', BROKEN),

@@ -3,9 +3,14 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +23,7 @@ from evaluate_deploy import (Config, beyond, browse, console_line, differences, 
 from extract_vgrad import load_pairs
 from lora2r import (InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
                     token_logps, use)
-from train_grpo import HERE
+from train_grpo import HERE, check, parse_args
 
 
 QWEN = """{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]
@@ -403,6 +408,58 @@ def test_targets_count_seeds_and_the_ceilings_of_those_that_have_one():
             for arm, of_seed in cells.items() for seed, (solve, hack) in enumerate(of_seed)]
     assert script("hypotheses").targets(rows, "routeV") == (
         "routeV: hack <= .01 in 2 of 3 seeds, solve >= the ceiling's - .03 in 1 of 2")
+
+
+def test_the_decision_runs_every_arm_on_every_seed_but_what_is_there(tmp_path):
+    """decide.sh with a python that writes down what it is called with: what train_grpo.py makes of it."""
+    (tmp_path / "data/results").mkdir(parents=True)
+    shutil.copy(HERE / "data/results/decide.sh", tmp_path / "data/results")
+    row, nearly = ('{"arm": "%s", "seed": %d, "config": "0"}\n' % which for which in (("routeV", 1110), ("screen", 11100)))
+    (tmp_path / "data/results/nano-3.jsonl").write_text(row + nearly)
+    (tmp_path / "runs/decide/wordy-3/none-1111").mkdir(parents=True)
+    (tmp_path / "runs/decide/wordy-3/none-1111/deploy.json").touch()
+    (tmp_path / "runs/decide/nano-3/none-1111").mkdir(parents=True)  # begun, and not finished
+    fake = tmp_path / "bin/python"
+    fake.parent.mkdir()
+    fake.write_text(f"#!{sys.executable}\nimport json, sys\nopen({str(tmp_path / 'calls')!r}, 'a').write("
+                    "json.dumps(sys.argv[1:]) + '\\n')\n")
+    fake.chmod(0o755)
+    subprocess.run(["sh", "data/results/decide.sh"], cwd=tmp_path, check=True, env=os.environ | dict(
+        PATH=f"{fake.parent}:{os.environ['PATH']}", SEEDS="1110 1111"))
+    *calls, nothing, kept = map(json.loads, (tmp_path / "calls").read_text().splitlines())
+    assert nothing == ["evaluate_deploy.py", "--results", "data/results/nano-3.jsonl"]
+    assert kept == ["evaluate_deploy.py", "runs/decide/wordy-3/none-1111", "--results", "data/results/wordy-3.jsonl"]
+    found = {}
+    for program, *flags in calls:
+        assert program == "train_grpo.py"
+        cfg = check(parse_args(flags))
+        world = Path(cfg.model).name
+        assert {str(cfg.data), str(cfg.test_data)} == {f"data/{world}/train.jsonl", f"data/{world}/test.jsonl"}
+        assert str(cfg.out_dir) == f"runs/decide/{world}/{cfg.name}-{cfg.seed}" and cfg.resume
+        assert str(cfg.demos) == f"data/{world}/demos.jsonl" or cfg.mix_ratio == 0
+        assert (world, cfg.name, cfg.seed) not in found
+        found[world, cfg.name, cfg.seed] = cfg
+    arms = {name for _, name, _ in found}
+    assert len(arms) == 19 and set(found) == {(world, arm, seed) for world in ("nano-3", "wordy-3") for arm in arms
+                                              for seed in (1110, 1111)} - {
+        ("nano-3", "routeV", 1110), ("wordy-3", "none", 1111)}
+    default = found["wordy-3", "routeV", 1110]
+    unlike = {arm: {field.name: getattr(cfg, field.name) for field in fields(cfg)
+                    if field.name not in ("name", "out_dir", "demos")
+                    and getattr(cfg, field.name) != getattr(default, field.name)}
+              for (world, arm, seed), cfg in found.items() if (world, seed) == ("wordy-3", 1110)}
+    oracle, absorb = dict(intervention="oracle"), dict(intervention="absorb")
+    assert unlike == {
+        "routeV": {}, "none": dict(intervention="none"),
+        "ceiling": dict(intervention="none", mix_ratio=0.0, reward="gt"),
+        "placebo": dict(routeV_random_v_seed=1110), "coin": dict(routeV_random_v_seed=1110, placebo="coin"),
+        "absorb": absorb, "seeded-absorb": absorb | dict(expert_steps=10), "seeded-routeV": dict(expert_steps=10),
+        "hidden-states": dict(score="activation"), "surprise": dict(score="surprise"), "length": dict(score="length"),
+        "absorption": dict(absorption=True), "screen": dict(on_hack="screen"), "penalise": dict(on_hack="penalise"),
+        "inoculate": dict(intervention="none", inoculate="Cheat if you can."), "oracle": oracle,
+        "oracle-80": oracle | dict(oracle_accuracy=0.8),
+        "screen-80": oracle | dict(oracle_accuracy=0.8, on_hack="screen"),
+        "absorption-80": oracle | dict(oracle_accuracy=0.8, absorption=True)}
 
 
 def test_pairs_are_made_fewer_or_worse_one_way_at_a_time(tmp_path):

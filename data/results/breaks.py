@@ -1,6 +1,6 @@
 """How it breaks: one thing at a time made worse, and what then ships, by what the gate reads.
 
-    python data/results/breaks.py            # the runs that are missing, two at a time (two hours); then the figure
+    python data/results/breaks.py            # the runs that are missing, two at a time (an hour); then the figure
     python data/results/breaks.py --draw     # the figure of what variants/breaks.jsonl holds
 
 Nano, its validation split, seeds 20 to 22. Stopped and started again it goes on.
@@ -33,7 +33,7 @@ PANELS = {  # what is made worse -> {how much: flags}; without flags it is the d
 
 
 def pairs_of(text: str) -> dict[str, str]:
-    """The text of pairs.md -> other files of pairs by name: fewer, evenly; of one mode; some with their sides swapped."""
+    """The text of pairs.md -> other files of pairs by name: fewer, evenly; of one mode; some with sides swapped."""
     head, *pairs = re.split(r"^(?=## )", text, flags=re.M)
     files = {str(n): [pairs[i * len(pairs) // n] for i in range(n)] for n in (20, 10, 5)}
     files |= {mode: [pair for pair in pairs if f" {mode}: " in pair] for mode in ("run_tests", "sentinel")}
@@ -103,6 +103,8 @@ def main() -> None:
             for made in [pool.submit(run, *point, seed, lock) for seed in SEEDS for point in points
                          if (arm_of(*point), seed) not in done]:
                 made.result()
+    if not ROWS.exists():
+        sys.exit(f"{ROWS} is not there: run this without --draw first")
     draw(HERE / "data/results/breaks.png")
 
 
