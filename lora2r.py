@@ -612,13 +612,14 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
     if G == 0:
         return [], []
     n, noise = torch.tensor(n, device=device), noise.to(device)  # [P], [G, max_new]
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
     T = max(map(len, prompts))
     ids = torch.tensor([[eos] * (T - len(p)) + p for p in prompts], device=device)  # [P, T]
     attend = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, T], 0 on padding
     positions = (attend.cumsum(1) - 1).clamp(min=0)  # [P, T]
     cache = DynamicCache(config=model.config)
-    logits = model(input_ids=ids, attention_mask=attend, position_ids=positions, cache=cache,
-                   logits_to_keep=1).logits[:, -1]  # [P, V]
+    logits = head(decoder(input_ids=ids, attention_mask=attend, position_ids=positions,
+                          cache=cache).last_hidden_state[:, -1])  # [P, V]
     cache.batch_repeat_interleave(n)
     logits, attend = logits.repeat_interleave(n, 0), attend.repeat_interleave(n, 0)  # [G, V], [G, T]
     position = positions[:, -1:].repeat_interleave(n, 0)  # [G, 1]
@@ -628,12 +629,11 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
     out_logps = torch.zeros(G, max_new, device=device)
     for t in bar(range(max_new), "sampling"):
         logp = torch.log_softmax(logits.float() / temperature, -1)  # [rows, V]
-        choice = logp
-        if top_k:
-            choice = logp.masked_fill(logp < logp.topk(min(top_k, logp.shape[1])).values[:, -1:], -math.inf)
-        cdf = choice.exp().cumsum(1)  # [rows, V], up to the kept mass
+        choice, likeliest = logp.topk(min(top_k, logp.shape[1])) if top_k else (logp, None)  # [rows, k or V]
+        cdf = choice.exp().cumsum(1)  # up to the kept mass
         token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True)  # [rows, 1]
         token = token.clamp(max=cdf.shape[1] - 1)  # where rounding left the noise above the last sum
+        token = likeliest.gather(1, token) if top_k else token
         out[rows, t], out_logps[rows, t] = token[:, 0], logp.gather(1, token)[:, 0]
         alive = (token[:, 0] != eos).nonzero()[:, 0]
         if len(alive) == 0 or t == max_new - 1:
@@ -643,8 +643,8 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
         if len(alive) < len(rows):
             rows, token, attend, position = rows[alive], token[alive], attend[alive], position[alive]
             cache.batch_select_indices(alive)
-        logits = model(input_ids=token, attention_mask=attend, position_ids=position,
-                       cache=cache).logits[:, -1]  # [rows, V]
+        logits = head(decoder(input_ids=token, attention_mask=attend, position_ids=position,
+                              cache=cache).last_hidden_state[:, -1])  # [rows, V]
     lengths = (out >= 0).sum(1).tolist()
     return [row[:k] for row, k in zip(out.tolist(), lengths)], [row[:k] for row, k in zip(out_logps.cpu(), lengths)]
 
