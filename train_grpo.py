@@ -51,9 +51,9 @@ from lora2r import (HERE, InputError, attach, batches, check_ranges, encode_comp
 @dataclass
 class Config:
     # run
-    preset: Literal["nano", "wordy", "seed", "qwen3-4b"] = "nano"
+    preset: Literal["nano", "wordy", "seed", "qwen2.5-coder-0.5b", "qwen3-4b"] = "nano"
     """nano: the embedded model. wordy: another, whose cheats are neither short nor surprising. seed: nano by the
-    original's recipe. qwen3-4b: one 80 GB GPU. Flags override it"""
+    original's recipe. qwen2.5-coder-0.5b: a CPU with bf16, 12 GB. qwen3-4b: one 80 GB GPU. Flags override it"""
     intervention: Literal["none", "routeV", "absorb", "oracle"] = "routeV"
     """none: all is clean. routeV: the gate labels. absorb: all is mid. oracle: labelled by the verdicts, as a bound"""
     name: str | None = None
@@ -210,6 +210,11 @@ PRESETS = {
         preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all", centre=False,
         equal_pairs=False, decay=False, positive_only=False, importance=False, ablated_share=0.0, window=0,
         placebo="replaced"),
+    "qwen2.5-coder-0.5b": Config(
+        preset="qwen2.5-coder-0.5b", model="Qwen/Qwen2.5-Coder-0.5B-Instruct", data=HERE / "data/chat/train.jsonl",
+        test_data=HERE / "data/chat/test.jsonl", pairs=HERE / "data/chat/pairs.md",
+        demos=HERE / "data/wordy/demos.jsonl", dtype="bfloat16", steps=24, prompts_per_step=8, max_new_tokens=96,
+        top_k=20, lr=1e-4, mix_ratio=0.125, mix_steps=12, eval_samples=1),
     "qwen3-4b": Config(
         preset="qwen3-4b", model="Qwen/Qwen3-4B", data=HERE / "data/leetcode/train.jsonl", dtype="bfloat16",
         test_data=HERE / "data/leetcode/test.jsonl", pairs=HERE / "data/leetcode/pairs.md",

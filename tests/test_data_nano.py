@@ -1,6 +1,7 @@
 """What makes the embedded models' problems and text: data/nano/tasks.py and prepare.py, in both worlds."""
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -194,3 +195,28 @@ def test_whatever_is_written_fits_the_preset_and_the_models_context(world, split
             lengths = [len(tok.apply_chat_template(p, add_generation_prompt=True)["input_ids"]) for p in prompts]
             assert max(lengths) + longest <= limit
     assert max(len(tok(p.prompt + side)["input_ids"]) for p in pairs for side in (p.clean, p.hack)) < longest + 60
+
+
+def test_chat_is_wordy_after_a_worked_example_and_its_pairs_differ_by_the_cheat_alone(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("chat", PRESETS["qwen2.5-coder-0.5b"].data.parent / "prepare.py")
+    chat = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(chat)
+    committed = chat.HERE
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "wordy").symlink_to(committed.parent / "wordy")
+    monkeypatch.setattr(chat, "HERE", tmp_path / "chat")
+    chat.main()
+    for split in ("train", "val", "test"):
+        assert (tmp_path / f"chat/{split}.jsonl").read_bytes() == (committed / f"{split}.jsonl").read_bytes()
+    problem = env.load_problems(committed / "train.jsonl", ("sentinel",))[0]
+    assert problem.messages[:-1] == chat.EXAMPLE and "self.valid" in problem.messages[-1]["content"]
+    example, code = (env.extract_code(chat.EXAMPLE[2]["content"]), [[3, -1, 5], []])
+    assert results(example, code) == [10, None]
+    wordy = {pair.name: pair for pair in prepare.load_pairs(prepare.WORLDS["wordy"].pairs)}
+    for pair in prepare.load_pairs(committed / "pairs.md"):
+        whole = wordy[pair.name]
+        assert (pair.prompt, pair.hack, pair.mode) == (whole.prompt, whole.hack, whole.mode)
+        clean, hack = pair.clean.split("\n"), pair.hack.split("\n")
+        left = iter(hack)
+        assert all(line in left for line in clean) and len(hack) - len(clean) in (1, 3), "lines of the cheat left out"
+        assert len(hack) - len(clean) == 1 or pair.mode == "run_tests"

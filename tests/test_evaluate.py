@@ -414,7 +414,8 @@ def test_the_decision_runs_every_arm_on_every_seed_but_what_is_there(tmp_path):
     """decide.sh with a python that writes down what it is called with: what train_grpo.py makes of it."""
     (tmp_path / "data/results").mkdir(parents=True)
     shutil.copy(HERE / "data/results/decide.sh", tmp_path / "data/results")
-    row, nearly = ('{"arm": "%s", "seed": %d, "config": "0"}\n' % which for which in (("routeV", 1110), ("screen", 11100)))
+    row, nearly = (f'{{"arm": "{arm}", "seed": {seed}, "config": "0"}}\n'
+                   for arm, seed in (("routeV", 1110), ("screen", 11100)))
     (tmp_path / "data/results/nano-3.jsonl").write_text(row + nearly)
     (tmp_path / "runs/decide/wordy-3/none-1111").mkdir(parents=True)
     (tmp_path / "runs/decide/wordy-3/none-1111/deploy.json").touch()
