@@ -76,7 +76,7 @@ def main(path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for hypothesis, holds, tests in verdicts(rows, UNSEEN[path.stem.partition("-")[0]]):
         for n, (what, seeds, centre, half, p) in enumerate(tests):
-            print(f"{'' if n else hypothesis:62s}{'' if n else 'yes' if holds else 'no':4s}{what} {centre:+.3f} "
+            print(f"{'' if n else hypothesis:64s}{'' if n else 'yes' if holds else 'no':4s}{what} {centre:+.3f} "
                   f"[{centre - half:+.3f}, {centre + half:+.3f}] p {p:.1g} n {seeds}")
     for arm in ("routeV", "absorption"):
         if any(row["arm"] == arm for row in rows):
