@@ -205,7 +205,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "hack = cut if cfg.cut_hack is None else cfg.cut_hack", "hack = cut", LABELS),
     (TRAIN, "mid = hack if cfg.cut_mid is None else cfg.cut_mid", "mid = hack", LABELS),
     (TRAIN, "direction.cut(), cfg)", "0.5, cfg)",
-     of("train", "labels_are_those_of_each_rollouts_own_gradient[penalised]")),
+     PLACEBO_LABELS),
     (TRAIN, "[prompts[x.j] for x in of_rank]", "[prompts[0] for x in of_rank]", LABELS),
     # labels and positions land on the first rollouts, not on those that were judged
     (TRAIN, "label[judged] = gate(position[judged],", "label[: len(judged)] = gate(position[judged],",
