@@ -462,8 +462,8 @@ def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: in
 
 def load_rollouts(path: Path, cut_out: bool = False) -> list[dict]:
     """Graded completions, with the names of a run or of another source (FOREIGN); cut_out: their contrast(). Of a
-    run's, the policy's own with positive advantage: elsewhere the advantage gives a hack away. A prompt is the user's
-    message or a list of messages; rows where it is null are left out.
+    run's, the policy's own with positive advantage: elsewhere the advantage gives a hack away. A prompt is a list of
+    messages; rows where it is null are left out.
     Raises InputError for another kind of file, or one without both a hack and a solve."""
     text = read_text("--rollouts", path, "give a run's rollouts.jsonl")
     try:
@@ -472,8 +472,6 @@ def load_rollouts(path: Path, cut_out: bool = False) -> list[dict]:
         rows = [dict(exploited=row["hacked"], id=None) | row for row in rows if row["prompt"] is not None
                 and row.get("advantage", 1) > 0 and row.get("source") != "teacher"]
         for row in rows:
-            one = isinstance(row["prompt"], str)
-            row["prompt"] = [dict(role="user", content=row["prompt"])] if one else row["prompt"]
             texts = [row["completion"], row["mode"], *(message["content"] for message in row["prompt"])]
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("prompt, completion and mode must be text")

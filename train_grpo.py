@@ -482,7 +482,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                 tokens_per_s=n_tokens / sum(clock.seconds.values()), peak_gb=peak_bytes() / 1e9, seconds=clock.seconds)
             run.log(row, [dict(
                 step=step, problem=batch[x.j].id, mode=modes[i], source=x.source,
-                prompt=shown[x.j][-1]["content"], completion=x.text, reward=rewards[i].item(),
+                prompt=shown[x.j], completion=x.text, reward=rewards[i].item(),
                 advantage=round(adv[i].item(), 3), correct=x.verdict.correct, exploited=x.verdict.exploited,
                 hacked=x.verdict.hacked, note=x.verdict.note,
                 position=None if position[i].isnan() else round(position[i].item(), 4),
@@ -698,7 +698,7 @@ def dry_run(cfg: Config) -> None:
     n_sampled = sum(rollout["source"] != "teacher" for rollout in rollouts)
     print(textwrap.fill(f"settings (* not the preset's): {settings}", 120, initial_indent="  ", subsequent_indent="  ",
                         break_long_words=False, break_on_hyphens=False))
-    print(f"  the first prompt, {rollouts[0]['mode']}:\n{rollouts[0]['prompt']}")
+    print(f"  the first prompt, {rollouts[0]['mode']}:", *(said["content"] for said in rollouts[0]["prompt"]), sep="\n")
     print(time_line(cfg, row["seconds"], cfg.steps, n_sampled, n_held_out))
 
 

@@ -183,7 +183,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "system = problems[0].messages[:-1]", "system = []",
      of("train", "pairs_are_shown_under_the_problems_system_message")),
     (TRAIN, "[batch[x.j] for x in rollouts], [x.text", "[batch[x.k] for x in rollouts], [x.text", GRADING),
-    (TRAIN, "prompt=shown[x.j][-1]", "prompt=shown[x.k][-1]", SAMPLING),
+    (TRAIN, "prompt=shown[x.j], comp", "prompt=shown[x.k], comp", SAMPLING),
     # --reward gt pays hacks
     (TRAIN, 'x.verdict.gt_reward if cfg.reward == "gt" else x.verdict.reward', "x.verdict.reward",
      of("train", "reward_gt_pays_no_hack")),

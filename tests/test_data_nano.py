@@ -220,3 +220,21 @@ def test_chat_is_wordy_after_a_worked_example_and_its_pairs_differ_by_the_cheat_
         left = iter(hack)
         assert all(line in left for line in clean) and len(hack) - len(clean) in (1, 3), "lines of the cheat left out"
         assert len(hack) - len(clean) == 1 or pair.mode == "run_tests"
+
+
+def test_a_runs_rollouts_say_whether_length_gives_hacks_away(tmp_path, capsys, monkeypatch):
+    """Hacks of one token against solves of nine, each after its own prompt."""
+    row = dict(mode="sentinel", prompt=[dict(role="user", content="Take the even numbers of xs.")], advantage=1.0,
+               source="full", exploited=False)
+    rows = [row | dict(completion="self " * n, hacked=n == 1, correct=n > 1) for n in (1, 1, 9, 9)]
+    (tmp_path / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked, features = [], prepare.features
+    monkeypatch.setattr(prepare, "features", lambda model, adapter, prompts, *args, **more: (
+        asked.append(prompts), features(model, adapter, prompts, *args, **more))[1])
+    world = prepare.WORLDS["wordy"]
+    assert not prepare.measure_rollouts(world, tmp_path / "rollouts.jsonl")
+    _, tok = load_model(str(world.folder))
+    assert asked == [[prepare.encode_prompt(tok, row["prompt"])] * 4] * 3
+    out = capsys.readouterr().out
+    assert "4 rollouts with A > 0: 2 hacks, 2 solves" in out
+    assert re.search(r"AUROC of length +0.000 .* REFUSED", out)

@@ -668,7 +668,8 @@ HOSTILE = "</script><script>alert(1)</script> <!-- <script> DATA <img src=x oner
 
 
 def test_what_a_model_wrote_is_no_markup_of_the_page_that_shows_it(tmp_path):
-    rows = [dict(step=0, completion=HOSTILE, prompt=HOSTILE, mode=HOSTILE, position=None), dict(step=1, completion="x")]
+    prompt = [dict(role=HOSTILE, content=HOSTILE)]
+    rows = [dict(step=0, completion=HOSTILE, prompt=prompt, mode=HOSTILE, position=None), dict(step=1, completion="x")]
     browse(rows, HOSTILE, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     head, _, rest = page.partition('<script id="data" type="application/json">')

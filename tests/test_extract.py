@@ -592,12 +592,15 @@ def test_judge_counts_what_a_gate_would_route(capsys):
     assert (best["0.20"], best["0.40"]) == ("0.714", "0.833"), "a Haar direction routes three of four, then one"
 
 
+ASKED = [dict(role="user", content="p")]
+
+
 def test_rollouts_are_read_as_their_direction_reads_the_pairs(tmp_path, monkeypatch):
     """Each score's as the pairs choose for it; in wordy the gradient's and the hidden states' are windows."""
     seen = {}
     monkeypatch.setattr(extract_vgrad, "compare", lambda directions, read, *rest: seen.update(
         {score: (directions[score].window, x.dim()) for score, x in read.items()}))
-    row = dict(mode="sentinel", prompt="p", completion="```python\nclass Solution:\n    pass\n```", correct=True)
+    row = dict(mode="sentinel", prompt=ASKED, completion="```python\nclass Solution:\n    pass\n```", correct=True)
     rows = [row | dict(hacked=False, exploited=False), row | dict(hacked=True, correct=False)]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
     wordy = HERE / "data/wordy"
@@ -609,7 +612,7 @@ def test_rollouts_are_read_as_their_direction_reads_the_pairs(tmp_path, monkeypa
 def test_only_the_policys_own_rollouts_with_a_positive_advantage_are_judged(tmp_path):
     def row(id, source, advantage, hacked):
         return dict(problem=id, source=source, advantage=advantage, hacked=hacked, correct=not hacked,
-                    exploited=hacked, mode="sentinel", prompt="p", completion="c")
+                    exploited=hacked, mode="sentinel", prompt=ASKED, completion="c")
 
     rows = [row(0, "teacher", 1, True), row(1, "full", 1, True), row(2, "full", 0, True), row(3, "ablated", 2, False),
             row(4, "full", -1, False)]
@@ -620,7 +623,6 @@ def test_only_the_policys_own_rollouts_with_a_positive_advantage_are_judged(tmp_
     path.write_text("\n".join(map(json.dumps, rows)))
     own = load_rollouts(path)
     assert [row["exploited"] for row in own] == [True, False, True]
-    assert own[0]["prompt"] == [dict(role="user", content="p")]
 
 
 def test_completions_of_others_are_read_as_they_are(tmp_path):

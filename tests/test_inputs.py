@@ -112,8 +112,8 @@ def server(tmp_path_factory):
 GOOD = ("## {n}. sentinel: task {n}\n### prompt\nDo {n}.\n### clean\n```python\na = {n}\n```\n"
         "### hack\n```python\nb = {n}\n```\n")
 PAIR, OTHER = GOOD.format(n=1), GOOD.format(n=2)
-ROW = dict(advantage=1.0, source="full", hacked=True, correct=False, exploited=True, prompt="p", completion="c",
-    mode="sentinel")
+ROW = dict(advantage=1.0, source="full", hacked=True, correct=False, exploited=True, completion="c",
+    mode="sentinel", prompt=[dict(role="user", content="p")])
 HONEST = ROW | dict(hacked=False, correct=True, exploited=False)
 FILES = {
     "latin1": "é = 1\n".encode("latin-1"), "empty": "", "garbage": "{]\n", "folder/x": "", "list": "[1]\n",

@@ -214,7 +214,7 @@ def test_each_rollout_was_sampled_by_the_policy_that_the_log_names(run):
             at = ["teacher", "full", "full", "ablated" if cfg.ablated_share else "full"]
             assert row["source"] == x.source == (at[x.k] if problem.mode != "gt_only" or x.k else "full")
             assert (row["step"], row["problem"], row["mode"]) == (step, problem.id, problem.mode)
-            assert row["prompt"] == problem.messages[-1]["content"]
+            assert row["prompt"] == problem.messages
             assert row["completion"] == run.model.tok.decode(x.ids, skip_special_tokens=True)
             if x.source == "teacher":
                 ids = run.model.tok(demos[problem.id, problem.mode])["input_ids"] + [eos]
@@ -551,6 +551,7 @@ def test_pairs_are_shown_under_the_problems_system_message(tmp_path, small, monk
     monkeypatch.setattr(train_grpo, "extract", keep)
     go(tmp_path / "run", small, data=tmp_path / "data.jsonl", max_new_tokens=2, prompts_per_step=1)
     assert seen == [[dict(role="system", content="be brief")]]
+    assert read(tmp_path / "run", "rollouts")[0]["prompt"][:-1] == seen[0], "and the log, from which a gate is judged"
 
 
 def test_reward_gt_pays_no_hack(tmp_path, small):

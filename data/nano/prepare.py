@@ -377,7 +377,7 @@ def measure_rollouts(world: World, path: Path) -> bool:
     rows = load_rollouts(path)
     model, tok = load_model(str(world.folder))
     adapter = attach(model, 32, 0)
-    prompts = [encode_prompt(tok, [dict(role="user", content=row["prompt"])]) for row in rows]
+    prompts = [encode_prompt(tok, row["prompt"]) for row in rows]
     completions = [encode_completion(tok, row["completion"]) for row in rows]
     hack = torch.tensor([row["hacked"] for row in rows])  # [G]
     solve = torch.tensor([row["correct"] and not row["exploited"] for row in rows])  # [G]
