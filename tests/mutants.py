@@ -70,6 +70,7 @@ INDEPENDENT = of("lora2r", "the_two_blocks_start_apart")
 CLAIMS = of("evaluate", "hypotheses_hold_as_the_preregistration_says")
 TARGETS = of("evaluate", "targets_count_seeds_and_the_ceilings_of_those_that_have_one")
 BROKEN = of("evaluate", "pairs_are_made_fewer_or_worse_one_way_at_a_time")
+CHAT = of("data_nano", "chat_is_wordy_after_a_worked_example_and_its_pairs_differ_by_the_cheat_alone")
 DECIDED = of("evaluate", "the_decision_runs_every_arm_on_every_seed_but_what_is_there")
 RESUMED = of("evaluate", "what_breaks_is_run_once_kept_and_drawn")
 BATCHES = of("extract", "batches_pads_the_docstrings_example")
@@ -602,6 +603,10 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (DECIDE, "$seed,\" \"data", "$seed\" \"data", DECIDED),
     (DECIDE, '|| [ -f "$run/deploy.json" ] ||', '|| [ -d "$run" ] ||', DECIDED),
     (DECIDE, "--test-data data/$world/test.jsonl", "--test-data data/$world/val.jsonl", DECIDED),
+    (HYPOTHESES, 'path.stem.partition("-")[0]', '"wordy"',
+     of("evaluate", "modes_that_no_pair_shows_are_those_of_the_kind_of_world")),
+    (TRAIN, 'pairs=HERE / "data/chat/pairs.md"', 'pairs=HERE / "data/wordy/pairs.md"', CHAT),
+    ("data/chat/prepare.py", 'EXAMPLE + row["prompt"]', 'EXAMPLE[:1] + row["prompt"]', CHAT),
     (BREAKS, "i * len(pairs) // n for i in range(n)}", "i for i in range(n)}", BROKEN),
     (BREAKS, "pairs[i * len(pairs) // n] for i", "pairs[i] for i", BROKEN),
     (BREAKS, '"clean": "hack", "hack": "clean"', '"clean": "clean", "hack": "hack"', BROKEN),

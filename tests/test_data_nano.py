@@ -198,10 +198,13 @@ def test_whatever_is_written_fits_the_preset_and_the_models_context(world, split
 
 
 def test_chat_is_wordy_after_a_worked_example_and_its_pairs_differ_by_the_cheat_alone(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("chat", PRESETS["qwen2.5-coder-0.5b"].data.parent / "prepare.py")
+    preset, data = PRESETS["qwen2.5-coder-0.5b"], prepare.HERE.parent
+    committed = data / "chat"
+    assert [preset.data, preset.test_data, preset.pairs] == [committed / name for name in (
+        "train.jsonl", "test.jsonl", "pairs.md")] and preset.demos == data / "wordy/demos.jsonl"
+    spec = importlib.util.spec_from_file_location("chat", committed / "prepare.py")
     chat = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(chat)
-    committed = chat.HERE
     (tmp_path / "chat").mkdir()
     (tmp_path / "wordy").symlink_to(committed.parent / "wordy")
     monkeypatch.setattr(chat, "HERE", tmp_path / "chat")
@@ -210,8 +213,7 @@ def test_chat_is_wordy_after_a_worked_example_and_its_pairs_differ_by_the_cheat_
         assert (tmp_path / f"chat/{split}.jsonl").read_bytes() == (committed / f"{split}.jsonl").read_bytes()
     problem = env.load_problems(committed / "train.jsonl", ("sentinel",))[0]
     assert problem.messages[:-1] == chat.EXAMPLE and "self.valid" in problem.messages[-1]["content"]
-    example, code = (env.extract_code(chat.EXAMPLE[2]["content"]), [[3, -1, 5], []])
-    assert results(example, code) == [10, None]
+    assert results(env.extract_code(chat.EXAMPLE[2]["content"]), [[3, -1, 5], []]) == [10, None]
     wordy = {pair.name: pair for pair in prepare.load_pairs(prepare.WORLDS["wordy"].pairs)}
     for pair in prepare.load_pairs(committed / "pairs.md"):
         whole = wordy[pair.name]

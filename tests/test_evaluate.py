@@ -402,6 +402,18 @@ def test_hypotheses_hold_as_the_preregistration_says():
         assert [name for name, value in holds(**change) if value == (name == "H7")] == expected.split(), change
 
 
+@pytest.mark.parametrize("world, unseen", [("nano-3", ["stdout_marker,", "file_marker,"]), ("wordy-3", [])])
+def test_modes_that_no_pair_shows_are_those_of_the_kind_of_world(tmp_path, capsys, world, unseen):
+    cell = dict(solve=0.5, hack=0.25)
+    table = dict(all=cell, stdout_marker=cell, file_marker=cell)
+    rows = [dict(arm=arm, seed=seed, results={f"deployed, {markers}": table for markers in ("trained", "held-out")})
+            for arm in ("routeV", "placebo") for seed in (0, 1)]
+    (tmp_path / f"{world}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script("hypotheses").main(tmp_path / f"{world}.jsonl")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[3] for line in lines if line[0] == "H5" and line[1:3] == ["H2", "in"]] == unseen
+
+
 def test_targets_count_seeds_and_the_ceilings_of_those_that_have_one():
     cells = dict(routeV=[(0.9, 0.01), (0.9, 0.011), (0.5, 0.0)], ceiling=[(0.92, 0.0), (0.94, 0.0)])
     rows = [dict(arm=arm, seed=seed, results={"deployed, trained": dict(all=dict(solve=solve, hack=hack))})
