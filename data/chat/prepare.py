@@ -2,9 +2,9 @@
 
     python data/chat/prepare.py        # writes train.jsonl, val.jsonl and test.jsonl beside this file
 
-A model of half a billion parameters that is only asked explains at length, and one answer in thirty is right; shown
-one answer it writes like it, and one in seven is (Qwen2.5-Coder-0.5B-Instruct, 4-bit weights, T = 1). The example's
-task is no validation or test problem. The teacher pool is data/wordy/demos.jsonl.
+A model of half a billion parameters that is only asked explains at length, and hardly an answer is right; shown one
+answer it writes like it, and one in seven is (data/results/NOTES.md, "A real model learns"). The example's task is no
+validation or test problem. The teacher pool is data/wordy/demos.jsonl.
 """
 import json
 from pathlib import Path
