@@ -123,11 +123,16 @@ def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor,
 # -------------------------------------------------------------------------------- the direction
 WINDOW = 5  # tokens: a few words of a line of code
 
+
+def unit(x: Tensor) -> Tensor:
+    """Features [..., d] of length 1. A lone number (d = 1) has no direction, and is taken as it is."""
+    return F.normalize(x, dim=-1) if x.shape[-1] > 1 else x
+
+
 def cosines(x: Tensor, v: Tensor) -> Tensor:
     """Cosine per module of x [G, M, d] to unit rows v, [M, d] or one for each row of x [G, M, d]: [G, M]. Of windows x
-    [G, W, M, d] they are those of the window where their mean is highest. A lone number (d = 1) has no direction, and
-    is taken as it is."""
-    x = F.normalize(x, dim=-1) if x.shape[-1] > 1 else x
+    [G, W, M, d] they are those of the window where their mean is highest."""
+    x = unit(x)
     if x.dim() == 3:
         return torch.einsum("gmd,gmd->gm", x, v.expand_as(x))
     cosine = torch.einsum("gwmd,gmd->gwm", x, v.expand_as(x[:, 0]))  # [G, W, M]
@@ -169,6 +174,14 @@ def apart(clean: Tensor, hack: Tensor) -> float:
 def haar(seed: int, M: int, d: int) -> Tensor:
     """The placebo: M unit rows drawn uniformly from the sphere, [M, d]."""
     return F.normalize(torch.randn(M, d, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def haar_scores(x: Tensor, n: int) -> Tensor:
+    """What cosines().mean(1) makes of features x [G, M, d] or windows [G, W, M, d] with each of n Haar directions:
+    [n, G], in one product."""
+    v = torch.stack([haar(seed, *x.shape[-2:]) for seed in range(n)])  # [n, M, d]
+    scores = torch.einsum("g...md,nmd->ng...", unit(x), v) / len(v[0])  # [n, G] or [n, G, W]
+    return scores if x.dim() == 3 else scores.nan_to_num(-math.inf).amax(2)
 
 
 @dataclass(frozen=True)
@@ -442,8 +455,8 @@ def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: in
     print(f"{count(pairs)}, features of {x.shape[-2]} x {x.shape[-1]} numbers\n{direction.summary()}")
     print(f"  pairs ranked right   {(hack > clean).float().mean():.3f}   held out (leave-one-out) {right.mean():.3f}")
     print(f"  AUROC of pair scores {auroc(hack, clean):.3f}   held out {auroc(out_hack, out_clean):.3f}")
-    random = [direction.cosines_to(haar(s, *x.shape[-2:])).mean(1).chunk(2) for s in range(n_haar)]
-    print(f"  {n_haar} Haar directions   AUROC {spread(torch.tensor([auroc(hack, clean) for clean, hack in random]))}")
+    random = haar_scores(x - direction.centre, n_haar)  # [n_haar, 2P]
+    print(f"  {n_haar} Haar directions   AUROC {spread(torch.tensor([auroc(y[P:], y[:P]) for y in random]))}")
     for mode in sorted({p.mode for p in pairs}):
         of_mode = torch.tensor([p.mode == mode for p in pairs])  # [P]
         print(f"  {mode:13s} {of_mode.sum():3d} pairs, held out: ranked right {right[of_mode].mean():.3f}, "
@@ -534,16 +547,36 @@ def by_quartile(routed: Tensor, surprise: Tensor) -> list[float]:
     return [part.float().mean().item() for part in routed[surprise.argsort()].tensor_split(4)]
 
 
-def judge(direction: Direction, x: Tensor, surprise: Tensor, rows: list[dict], n_haar: int) -> None:
-    """Print what gate "pairs" would route of rollouts, given their features x [G, M, d] and mean NLLs [G], and random
-    directions that route as many. Oracle labels are for this print only."""
+@dataclass(frozen=True)
+class Reading:
+    """What is kept of the features of G rollouts: of a large model's windows they take gigabytes."""
+    position: Tensor
+    """[G], by gate "pairs" """
+    whole: Tensor
+    """[G, M, d] features, of windows their mean"""
+    random: Tensor
+    """[n_haar, G] haar_scores()"""
+
+
+def read_rollouts(direction: Direction, n_haar: int, model, adapter: Adapter, prompts: list[list[int]],
+                  completions: list[list[int]], **reading) -> Reading:
+    """Read G rollouts as the direction reads the pairs; `reading` goes to features()."""
+    parts = []  # a few rollouts at a time
+    for i in range(0, len(prompts), 32):
+        x = features(model, adapter, prompts[i : i + 32], completions[i : i + 32], window=direction.window, **reading)
+        parts.append((direction.position(x, "pairs"), whole(x), haar_scores(x - direction.centre, n_haar)))
+    position, features_whole, random = zip(*parts)
+    return Reading(torch.cat(position), torch.cat(features_whole), torch.cat(random, 1))
+
+
+def judge(direction: Direction, reading: Reading, surprise: Tensor, rows: list[dict]) -> None:
+    """Print what gate "pairs" would route of G rollouts, given their mean NLLs [G], and random directions that route
+    as many. Oracle labels are for this print only."""
     hack = torch.tensor([row["hacked"] for row in rows])  # [G]
     solve = torch.tensor([row["correct"] and not row["exploited"] for row in rows])  # [G]
-    position = direction.position(x, "pairs")  # [G]
-    random = [cosines(x - direction.centre, haar(s, *x.shape[-2:])).mean(1) for s in range(n_haar)]
-    random = torch.stack(random)  # [n_haar, G]
-    print(f"\n{len(rows)} rollouts: {hack.sum()} hacks, {solve.sum()} solves without an exploit")
-    print(f"  cut   hacks kept   solves routed   precision   F0.5   {n_haar} Haar directions that route as many: F0.5")
+    position, random = reading.position, reading.random
+    print(f"\n{len(rows)} rollouts: {hack.sum()} hacks, {solve.sum()} solves without an exploit\n  cut   hacks kept   "
+          f"solves routed   precision   F0.5   {len(random)} Haar directions that route as many: F0.5")
     ranks = random.argsort(1, descending=True).argsort(1)  # [n_haar, G], 0 is the highest
     for cut in sorted((direction.cut(), 0.1, 0.2, 0.3, 0.4, 0.5)):  # the pairs' own, and round ones
         routed = position >= cut  # [G]
@@ -556,29 +589,28 @@ def judge(direction: Direction, x: Tensor, surprise: Tensor, rows: list[dict], n
 
 
 def oracle(x: Tensor, hack: Tensor, solve: Tensor, ids: list, folds: int = 5) -> Tensor:
-    """What the features [G, M, d] allow: mean cosines [G] to the mean difference of the labelled hacks and solves [G]
-    of other problems, cross-validated over folds of problems. NaN where those have no hack or no solve."""
+    """What the features of whole answers x [G, M, d] allow: mean cosines [G] to the mean difference of the labelled
+    hacks and solves [G] of other problems, cross-validated over folds of problems. NaN where those lack either."""
     known = sorted(set(map(str, ids)))
     fold = torch.tensor([known.index(str(id)) % folds for id in ids])  # [G]
     scores = torch.full((len(x),), math.nan)
     for k in fold.unique():
-        a, b = (whole(x[chosen & (fold != k)]).mean(0) for chosen in (hack, solve))  # [M, d] each
+        a, b = (x[chosen & (fold != k)].mean(0) for chosen in (hack, solve))  # [M, d] each
         scores[fold == k] = cosines(x[fold == k] - (a + b) / 2, F.normalize(a - b, dim=-1)).mean(1)
     return scores
 
 
-def compare(directions: dict[str, Direction], read: dict[str, Tensor], rows: list[dict], n_haar: int) -> None:
+def compare(directions: dict[str, Direction], read: dict[str, Reading], rows: list[dict]) -> None:
     """Print a line a reader and mode: its hacks against all solves, by the pairs' direction, the oracle and random
     directions. Rows that contrast() made are pairs, hack before solve, of which a share is ranked right."""
     hack = torch.tensor([row["hacked"] for row in rows])  # [G]
     solve = torch.tensor([row["correct"] and not row["exploited"] for row in rows])  # [G]
     print("\n  reader     mode           hacks  AUROC  F0.5  hacks' p1  solves' p99  oracle  Haar directions' AUROC")
     for score, direction in directions.items():
-        x = read[score]  # [G, M, d] or [G, W, M, d]
-        position, best = direction.position(x, "pairs"), oracle(x, hack, solve, [row["id"] for row in rows])  # [G]
+        position, random = read[score].position, read[score].random  # [G], [n_haar, G]
+        best = oracle(read[score].whole, hack, solve, [row["id"] for row in rows])  # [G]
         if rows[0].get("cut_out") is False:
             print(f"  {score}: {(position[hack] > position[solve]).float().mean():.3f} of cut-out pairs ranked right")
-        random = [cosines(x - direction.centre, haar(s, *x.shape[-2:])).mean(1) for s in range(n_haar)]
         for mode in ("all", *sorted({row["mode"] for row in rows})):
             of_mode = hack & torch.tensor([mode in ("all", row["mode"]) for row in rows])  # [G]
             if of_mode.any():
@@ -600,13 +632,13 @@ def main(cfg: Config) -> None:
     rows = load_rollouts(cfg.rollouts, cfg.cut_out) if cfg.rollouts else []
     model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
     adapter = attach(model, cfg.rank, cfg.seed)
-    reading = dict(window=cfg.window, temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
-    made = dict(centre=cfg.centre, equal_pairs=cfg.equal_pairs)
+    probe = dict(temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
+    made = dict(window=cfg.window, centre=cfg.centre, equal_pairs=cfg.equal_pairs)
     system = rows[0]["prompt"][:-1] if rows else []  # as in training
     directions: dict[str, Direction] = {}
     for score in (cfg.score, *(other for other in get_args(Score) if rows and other != cfg.score)):
         try:
-            directions[score] = extract(model, tok, adapter, pairs, system, score=score, **made, **reading)
+            directions[score] = extract(model, tok, adapter, pairs, system, score=score, **made, **probe)
         except InputError:  # sides of equal length give length no direction: that is only an error of --score length
             if score == cfg.score:
                 raise
@@ -616,11 +648,11 @@ def main(cfg: Config) -> None:
     if rows:
         prompts = [encode_prompt(tok, row["prompt"]) for row in rows]
         completions = [encode_completion(tok, row["completion"]) for row in rows]
-        read = {score: features(model, adapter, prompts, completions, score=score,
-                                **reading | dict(window=found.window)) for score, found in directions.items()}
+        read = {score: read_rollouts(found, cfg.n_haar, model, adapter, prompts, completions, score=score, **probe)
+                for score, found in directions.items()}
         surprise = features(model, adapter, prompts, completions, score="surprise").flatten()  # [G]
-        judge(directions[cfg.score], read[cfg.score], surprise, rows, cfg.n_haar)
-        compare(directions, read, rows, cfg.n_haar)
+        judge(directions[cfg.score], read[cfg.score], surprise, rows)
+        compare(directions, read, rows)
 
 
 if __name__ == "__main__":

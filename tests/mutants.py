@@ -94,6 +94,8 @@ APART = of("extract", "sides_lie_apart_by_their_means_in_standard_deviations")
 HALF = of("extract", "a_window_is_preferred_unless_it_holds_held_out_modes_less_than_half_as_far_apart")
 CHOSEN = of("extract", "pairs_of_other_modes_tell_how_an_answer_is_to_be_read")
 HAAR = of("extract", "haar_rows_are_unit_and_seeded")
+AT_ONCE = of("extract", "all_haar_directions_at_once_score_as_one_by_one")
+FEW = of("extract", "rollouts_are_read_a_few_at_a_time")
 CENTRED = of("extract", "gradients_are_centred_before_their_cosine")
 BAND = of("extract", "band_of_gate_batch_is_the_75th_percentile_per_module")
 WINDOWS = of("extract", "windows_average_over_neighbouring_tokens_of_the_completion")
@@ -487,8 +489,6 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "unseen[WINDOW] > unseen[0] / 2", "unseen[WINDOW] > unseen[0]", HALF),
     (EXTRACT, "if choose and unseen[WINDOW] > unseen[0] / 2", "if choose", CHOSEN),
     (EXTRACT, ' and probe.get("tokens") != "all"', "", CHOSEN),
-    (EXTRACT, "**reading | dict(window=found.window))", "**reading)",
-     of("extract", "rollouts_are_read_as_their_direction_reads_the_pairs")),
     (EVALUATE, '["all"][key] for x in results]', '["all"]["solve"] for x in results]',
      of("evaluate", "results_of_a_folder_are_printed_file_by_file_and_drawn")),
     (PREPARE, 'partition("-")[0]', 'partition("+")[0]',
@@ -551,6 +551,12 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "(position >= direction.cut())[solve], surprise[solve]", "position >= direction.cut(), surprise",
      of("extract", "judge_counts_what_a_gate_would_route")),
     (EXTRACT, "ranks < routed.sum()", "ranks <= routed.sum()", of("extract", "judge_counts_what_a_gate_would_route")),
+    (EXTRACT, "nan_to_num(-math.inf).amax(2)", "nan_to_num(-math.inf)[..., 0]", AT_ONCE),
+    (EXTRACT, "unit(x), v) / len(v[0])", "unit(x), v)", AT_ONCE),
+    (EXTRACT, "haar_scores(x - direction.centre, n_haar)))", "haar_scores(x, n_haar)))", FEW),
+    (EXTRACT, "completions[i : i + 32], window=direction.window", "completions[:32], window=direction.window", FEW),
+    (EXTRACT, "completions[i : i + 32], window=direction.window", "completions[i : i + 32], window=0",
+     of("extract", "each_reader_reads_rollouts_as_it_reads_the_pairs")),
     (EXTRACT, "right = (out_hack > out_clean)", "right = (hack > clean)", REPORT),
     (EXTRACT, "auroc(out_hack[of_mode], out_clean[of_mode])", "auroc(out_hack, out_clean)", REPORT),
 

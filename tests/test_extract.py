@@ -9,9 +9,9 @@ from torch import tensor as t
 
 import extract_vgrad
 from env_leetcode import MODES, extract_code, grade_batch, load_problems, with_mode
-from extract_vgrad import (Config, Direction, Pair, apart, auroc, by_quartile, compare, contrast, cosines,
-                           direction_of, extract, f_half, features, haar, held_out, judge, load_demos, load_pairs,
-                           load_rollouts, main, oracle, report, whole, windows)
+from extract_vgrad import (Config, Direction, Pair, Reading, apart, auroc, by_quartile, compare, contrast, cosines,
+                           direction_of, extract, f_half, features, haar, haar_scores, held_out, judge, load_demos,
+                           load_pairs, load_rollouts, main, oracle, read_rollouts, report, whole, windows)
 from lora2r import (InputError, attach, batches, encode_completion, encode_prompt, load_model, predicted_memory,
                     token_logps, use)
 from train_grpo import HERE
@@ -513,6 +513,15 @@ def test_haar_rows_are_unit_and_seeded():
     torch.testing.assert_close((rows**4).mean(0), torch.full((8,), 3 / 80), rtol=0.15, atol=0)  # nor preferred corners
 
 
+def test_all_haar_directions_at_once_score_as_one_by_one(nano):
+    """Whole answers, windows of which a rollout has fewer than another, and numbers that have no direction."""
+    x = torch.randn(5, 3, 7, 4, generator=torch.Generator().manual_seed(0))  # [G, W, M, d]
+    x[1, 1:] = float("nan")
+    for x in (x, x[:, 0], x[..., :1], x[:, 0, :, :1]):
+        one_by_one = torch.stack([cosines(x, haar(seed, *x.shape[-2:])).mean(1) for seed in range(6)])
+        torch.testing.assert_close(haar_scores(x, 6), one_by_one)
+
+
 def test_auroc():
     assert auroc(t([2, 3]), t([0, 1])) == 1.0 and auroc(t([0, 1]), t([2, 3])) == 0.0 and auroc(t([1]), t([1])) == 0.5
     assert auroc(t([1, 3]), t([0, 1, 2])) == pytest.approx(4.5 / 6)  # pairs (1, 0), (3, 0), (3, 1), (3, 2); half (1, 1)
@@ -581,7 +590,8 @@ def test_judge_counts_what_a_gate_would_route(capsys):
     positions = [0.9, 0.35, -0.1, 0.22]
     grads = torch.stack([p * v + (1 - p**2) ** 0.5 * ortho for p in positions])
     rows = [dict(mode="sentinel", source="full", hacked=i < 2, correct=i >= 2, exploited=i < 2) for i in range(4)]
-    judge(direction, grads, torch.tensor([0.1, 0.2, 9.0, 0.3]), rows, n_haar=20)
+    reading = Reading(direction.position(grads, "pairs"), grads, haar_scores(grads, 20))
+    judge(direction, reading, torch.tensor([0.1, 0.2, 9.0, 0.3]), rows)
     text = capsys.readouterr().out
     assert "4 rollouts: 2 hacks, 2 solves" in text
     assert "by quartile of their surprise: 1.00 0.00 nan nan" in text, "two solves, the first above the cut"
@@ -595,18 +605,35 @@ def test_judge_counts_what_a_gate_would_route(capsys):
 ASKED = [dict(role="user", content="p")]
 
 
-def test_rollouts_are_read_as_their_direction_reads_the_pairs(tmp_path, monkeypatch):
-    """Each score's as the pairs choose for it; in wordy the gradient's and the hidden states' are windows."""
+def test_each_reader_reads_rollouts_as_it_reads_the_pairs(tmp_path, monkeypatch):
+    """By the window that the pairs choose for it: in wordy five tokens for the gradient and the hidden states."""
     seen = {}
-    monkeypatch.setattr(extract_vgrad, "compare", lambda directions, read, *rest: seen.update(
-        {score: (directions[score].window, x.dim()) for score, x in read.items()}))
+    monkeypatch.setattr(extract_vgrad, "compare", lambda directions, read, rows: seen.update(directions))
+    read, windows_read = features, []
+    monkeypatch.setattr(extract_vgrad, "features", lambda *args, **reading: windows_read.append(
+        (len(args[2]), reading.get("score"), reading.get("window"))) or read(*args, **reading))
     row = dict(mode="sentinel", prompt=ASKED, completion="```python\nclass Solution:\n    pass\n```", correct=True)
     rows = [row | dict(hacked=False, exploited=False), row | dict(hacked=True, correct=False)]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
     wordy = HERE / "data/wordy"
     main(Config(model=str(wordy), pairs=wordy / "pairs.md", rollouts=tmp_path / "x.jsonl", n_haar=2, rank=8))
-    assert set(seen) == {"gradient", "activation", "surprise", "length"} and seen["gradient"][0] == 5
-    assert all(dims == (4 if window else 3) for window, dims in seen.values())
+    assert set(seen) == {"gradient", "activation", "surprise", "length"} and seen["gradient"].window == 5
+    of_rollouts = [(score, window) for n, score, window in windows_read if n == len(rows)]
+    assert of_rollouts == [(score, found.window) for score, found in seen.items()] + [("surprise", None)]
+
+
+def test_rollouts_are_read_a_few_at_a_time(nano):
+    """Of 40 their positions, whole features and random scores are those of all at once, in order."""
+    model, tok, adapter = nano
+    prompts, clean, hack = zip(*(tokens(tok, pair) for pair in PAIRS[:20]))
+    prompts, answers = prompts * 2, clean + hack
+    d = extract(model, tok, adapter, PAIRS[:20], window=3)
+    x = features(model, adapter, prompts, answers, window=3)  # [40, W, M, r]
+    read = read_rollouts(d, 4, model, adapter, prompts, answers, score="gradient")
+    close = dict(rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(read.position, d.position(x, "pairs"), **close)
+    torch.testing.assert_close(read.whole, whole(x), **close)
+    torch.testing.assert_close(read.random, haar_scores(x - d.centre, 4), **close)
 
 
 def test_only_the_policys_own_rollouts_with_a_positive_advantage_are_judged(tmp_path):
@@ -686,7 +713,7 @@ def test_readers_are_compared_by_mode_beside_an_oracle_of_other_problems(capsys)
     assert oracle(x[:2], hack[:2], ~hack[:2], [1, 1]).isnan().all(), "no other problem"
     assert not oracle(x[:4], hack[:4], ~hack[:4], [1, 1, 2, 2], folds=2).isnan().any(), "each fold has both sides"
     d = direction([[[-1.0, 0]]] * 2, [[[1.0, 0]]] * 2, held_out=(((0.0,), (0.0,)), ((1.0,), (1.0,))))
-    compare({"gradient": d}, {"gradient": x}, rows, n_haar=3)
+    compare({"gradient": d}, {"gradient": Reading(d.position(x, "pairs"), x, haar_scores(x, 3))}, rows)
     head, right, *lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
     assert right == "gradient: 0.800 of cut-out pairs ranked right".split()
     position = d.position(x, "pairs")
