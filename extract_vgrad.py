@@ -51,7 +51,7 @@ def windows(is_completion: Tensor, size: int = 0) -> Tensor:
     return weights.masked_fill((start > (n - size)[:, None])[..., None], math.nan)
 
 
-def features(model, adapter: Adapter, prompts: list[list[int]], completions: list[list[int]], budget: int = 8192,
+def features(model, adapter: Adapter, prompts: list[list[int]], completions: list[list[int]], budget: int = 4096,
              score: str = "gradient", window: int = 0, **probe) -> Tensor:
     """What a gate reads of each rollout: [G, M, d], fp32, on the CPU; of each window of so many tokens of it, if window
     is not 0, [G, W, M, d], with NaN where a rollout has fewer than W.
@@ -263,7 +263,7 @@ def encode_pairs(model, tok, pairs: list["Pair"], system: list[dict] = ()) -> tu
     return prompts, sides
 
 
-def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict] = (), budget: int = 8192,
+def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict] = (), budget: int = 4096,
             centre: bool = True, equal_pairs: bool = True, score: str = "gradient", read: str = "base",
             window: int | None = None, **probe) -> Direction:
     """Read the direction and its bands from the pairs, always without the quarantine (read "full" is "ablated" here).
