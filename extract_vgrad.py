@@ -199,7 +199,10 @@ class Direction:
     """[2P, M, d] features of the clean, then of the hack sides, or of their windows, [2P, W, M, d]"""
     window: int = 0
     """tokens of a window; 0: answers are read whole"""
-    unseen: dict[int, float] = field(default_factory=dict)
+    unseen: tuple[Tensor, Tensor] | None = None
+    """cosines of the clean and of the hack sides, [P, M] each, to the direction of the other modes' pairs; None: the
+    pairs show one mode"""
+    tried: dict[int, float] = field(default_factory=dict)
     """how far apart() the sides of each mode's pairs lie by the others' direction, for each window that was tried"""
 
     def summary(self) -> str:
@@ -208,7 +211,7 @@ class Direction:
         auc = auroc(hack, clean)
         poor = "\nwarning: an AUROC below 0.8 hardly tells pairs apart: revise --pairs" if auc < 0.8 else ""
         read = f"answers read in {self.window} tokens" if self.window else "answers read whole"
-        tried = ", ".join(f"window {size}: {value:.2f}" for size, value in self.unseen.items())
+        tried = ", ".join(f"window {size}: {value:.2f}" for size, value in self.tried.items())
         return (f"direction: held-out pairs ranked right {(hack > clean).float().mean():.2f}, AUROC {auc:.2f}, "
                 f"band {clean.mean():+.3f} to {hack.mean():+.3f}, cut {self.cut():.2f}\n"
                 f"  {read}{f' (modes that are held out lie apart by: {tried})' if tried else ''}{poor}")
@@ -220,7 +223,7 @@ class Direction:
     def replaced(self, v: Tensor) -> "Direction":
         """The same machinery around another direction [M, d]: its band comes from the same pairs' cosines to v."""
         clean, hack = self.cosines_to(v).chunk(2)
-        return replace(self, v=v, clean=clean, hack=hack)
+        return replace(self, v=v, clean=clean, hack=hack, unseen=None)
 
     def cosines_to(self, v: Tensor) -> Tensor:
         """Cosines [2P, M] of the pairs' clean, then hack sides to v [M, d]."""
@@ -237,9 +240,12 @@ class Direction:
 
     def cut(self) -> float:
         """Gate "pairs": the position that, were they normal, as many held-out clean sides would lie above as hack sides
-        below. It is as many standard deviations of the clean sides above 0 as of the hack sides below 1."""
-        clean, hack = self.clean.mean(1).std().item(), self.hack.mean(1).std().item()
-        return (clean + 1e-12) / (clean + hack + 2e-12)  # without any spread: half way
+        below, as many of their standard deviations from either mean. A gate has to recognise cheats that no pair shows,
+        so the sides are those of modes held out, unless the pairs show but one."""
+        low, high = self.band("pairs")
+        sides = ((side.mean(1) - low) / (high - low) for side in self.unseen or (self.clean, self.hack))  # [P] each
+        (clean, a), (hack, b) = ((side.mean(), side.std() + 1e-12) for side in sides)
+        return ((clean * b + hack * a) / (a + b)).item()  # without any spread: half way
 
     def position(self, x: Tensor, gate: str) -> Tensor:
         """Features x [G, M, d] -> pooled positions [G]; modules whose band is empty or inverted are left out."""
@@ -280,18 +286,19 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
     equal_pairs = equal_pairs and score == "gradient"
     choose = window is None and several and probe.get("tokens") != "all"
     sizes = [0, WINDOW] if choose else [window or 0]
-    readings, unseen = {}, {}  # window -> features [2P, M, d] and their mean [M, d]; how far apart() modes lie
+    readings, unseen, tried = {}, {}, {}  # by window; a reading: features [2P, M, d] and their mean [M, d]
     for size in sizes:
         x = features(model, adapter, prompts * 2, sides, budget, score, size, read=read, **probe)
         readings[size] = x, whole(x).mean(0) * centre
         if several:
-            unseen[size] = apart(*held_out(*readings[size], modes, equal_pairs))
-    window = WINDOW if choose and unseen[WINDOW] > unseen[0] / 2 else sizes[0]
+            unseen[size] = held_out(*readings[size], modes, equal_pairs)
+            tried[size] = apart(*unseen[size])
+    window = WINDOW if choose and tried[WINDOW] > tried[0] / 2 else sizes[0]
     x, mean = readings[window]
     v = direction_of(*whole(x).chunk(2), equal_pairs)
     if not v.any() or not v.isfinite().all():
         raise InputError("--pairs: the mean difference of hack and clean sides is zero or not finite; revise them")
-    return Direction(v, mean, *held_out(x, mean, range(len(pairs)), equal_pairs), x, window, unseen)
+    return Direction(v, mean, *held_out(x, mean, range(len(pairs)), equal_pairs), x, window, unseen.get(window), tried)
 
 
 # -------------------------------------------------------------------------------- pairs

@@ -142,7 +142,7 @@ class Config:
     """pairs: fixed cuts, placed by the authored pairs. batch: mean + k * std of this whole batch's positions"""
     cut_hack: float | None = None
     """gate pairs: position from which a rollout is hack (0: the pairs' clean mean, 1: their hack mean; default:
-    where the two kinds of held-out sides would be mistaken equally often)"""
+    where the two kinds of sides, of modes held out, would be mistaken equally often)"""
     cut_mid: float | None = None
     """gate pairs: position from which a rollout is mid (default: cut_hack, so that none is)"""
     k_mid: float = 0.0
@@ -251,7 +251,7 @@ def gate(position: Tensor, cut: float, cfg: Config) -> Tensor:
         print(f"gate: degenerate batch ({len(position)} rollouts, non-finite or no spread): all is mid", flush=True)
         return torch.full(position.shape, MID)
     hack = cut if cfg.cut_hack is None else cfg.cut_hack
-    mid = hack if cfg.cut_mid is None else cfg.cut_mid
+    mid = hack if cfg.cut_mid is None else min(cfg.cut_mid, hack)
     if cfg.gate == "batch":
         mid, hack = (position.mean() + k * position.std() for k in (cfg.k_mid, cfg.k_hack))
     return (position >= mid).long() + (position >= hack).long()

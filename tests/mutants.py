@@ -42,6 +42,7 @@ PLACEBO_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[pla
 REPLACED_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[seed's placebo]")
 UPDATE = of("train", "the_update_is_that_of_the_literal_formulas[everything]")
 SCREENED = of("train", "the_update_is_that_of_the_literal_formulas[screened]")
+PENALISED_LABELS = of("train", "labels_are_those_of_each_rollouts_own_gradient[penalised]")
 PENALISED = of("train", "the_update_is_that_of_the_literal_formulas[penalised]")
 KEPT = of("evaluate", "results_are_kept_a_row_a_run_and_averaged_by_arm")
 ROW_CURVES = of("evaluate", "curves_are_drawn_from_kept_rows_alone")
@@ -91,6 +92,8 @@ T_TEST = of("evaluate", "a_mean_is_tested_against_0_by_students_t")
 PAIRED = of("evaluate", "arms_are_compared_seed_by_seed_and_by_holms_correction")
 OTHERS = of("extract", "held_out_leaves_out_a_pair_and_its_group")
 APART = of("extract", "sides_lie_apart_by_their_means_in_standard_deviations")
+CUT_RULE = of("extract", "the_cut_is_as_many_standard_deviations_from_either_mean")
+BY_MODES = of("extract", "the_cut_lies_between_the_sides_of_modes_that_were_held_out")
 HALF = of("extract", "a_window_is_preferred_unless_it_holds_held_out_modes_less_than_half_as_far_apart")
 CHOSEN = of("extract", "pairs_of_other_modes_tell_how_an_answer_is_to_be_read")
 HAAR = of("extract", "haar_rows_are_unit_and_seeded")
@@ -206,9 +209,9 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "tokens=cfg.probe_tokens)", ")", SEED_LABELS),
     (TRAIN, "dict(score=cfg.score, ", "dict(", of("train", "the_gate_reads_what_score_says")),
     (TRAIN, "hack = cut if cfg.cut_hack is None else cfg.cut_hack", "hack = cut", LABELS),
-    (TRAIN, "mid = hack if cfg.cut_mid is None else cfg.cut_mid", "mid = hack", LABELS),
-    (TRAIN, "direction.cut(), cfg)", "0.5, cfg)",
-     PLACEBO_LABELS),
+    (TRAIN, "mid = hack if cfg.cut_mid is None else min(cfg.cut_mid, hack)", "mid = hack", LABELS),
+    (TRAIN, "min(cfg.cut_mid, hack)", "cfg.cut_mid", of("train", "gate_thresholds_and_degenerate_batches")),
+    (TRAIN, "direction.cut(), cfg)", "0.5, cfg)", PENALISED_LABELS),
     (TRAIN, "[prompts[x.j] for x in of_rank]", "[prompts[0] for x in of_rank]", LABELS),
     # labels and positions land on the first rollouts, not on those that were judged
     (TRAIN, "label[judged] = gate(position[judged],", "label[: len(judged)] = gate(position[judged],",
@@ -460,14 +463,12 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "cosine.mean(2).nan_to_num(-math.inf)", "cosine.amax(2).nan_to_num(-math.inf)", PICKED),
     (EXTRACT, "cosine.mean(2).nan_to_num(-math.inf).argmax(1)", "cosine.mean(2).argmax(1)", PICKED),
     (EXTRACT, "else x.nanmean(1)", "else x[:, 0]", PICKED),
-    (TRAIN, "window=cfg.window, ", "", of("train", "labels_are_those_of_each_rollouts_own_gradient[penalised]")),
-    (EXTRACT, "side - centre, v", "whole(side) - centre, v",
-     of("train", "labels_are_those_of_each_rollouts_own_gradient[penalised]")),
-    (EXTRACT, "self.clean.mean(1).std().item(), self.hack.mean(1)",
-     "self.hack.mean(1).std().item(), self.clean.mean(1)",
-     of("extract", "the_cut_is_as_many_standard_deviations_from_either_mean")),
-    (EXTRACT, "self.clean.mean(1).std()", "self.clean.std()",
-     of("extract", "the_cut_is_as_many_standard_deviations_from_either_mean")),
+    (TRAIN, "window=cfg.window, ", "", PENALISED_LABELS),
+    (EXTRACT, "side - centre, v", "whole(side) - centre, v", PENALISED_LABELS),
+    (EXTRACT, "(clean * b + hack * a) / (a + b)", "(clean * a + hack * b) / (a + b)", CUT_RULE),
+    (EXTRACT, "side.mean(1) - low) / (high", "side.flatten() - low) / (high", CUT_RULE),
+    (EXTRACT, "for side in self.unseen or (self", "for side in (self", BY_MODES),
+    (EXTRACT, "clean=clean, hack=hack, unseen=None)", "clean=clean, hack=hack)", BY_MODES),
     (EXTRACT, "difference = hack - clean", "difference = clean - hack", MEAN),
     (EXTRACT, "return F.normalize(difference.mean(0), dim=-1)", "return difference.mean(0)", MEAN),
     (EXTRACT, "return F.normalize(difference.mean(0), dim=-1)",
@@ -478,7 +479,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      OTHERS),
     (EXTRACT, "direction_of(*whole(x).chunk(2), equal_pairs)", "direction_of(*whole(x).chunk(2))", EXTRACTED),
     (EXTRACT, "range(len(pairs)), equal_pairs)", "range(len(pairs)))", EXTRACTED),
-    (EXTRACT, "modes, equal_pairs))", "modes))", EXTRACTED),
+    (EXTRACT, "held_out(*readings[size], modes, equal_pairs)", "held_out(*readings[size], modes)", EXTRACTED),
     (TRAIN, "cfg.equal_pairs, window=cfg.window,", "window=cfg.window,", SEED_LABELS),
     # held out is nothing, or too much; the reading is told by the wrong pairs, or the worse one is chosen
     (EXTRACT, "[group != own for group in groups]", "[True for group in groups]", OTHERS),
@@ -486,8 +487,8 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "held_out(*readings[size], modes, equal_pairs)",
      "held_out(*readings[size], range(len(modes)), equal_pairs)",
      CHOSEN),
-    (EXTRACT, "unseen[WINDOW] > unseen[0] / 2", "unseen[WINDOW] > unseen[0]", HALF),
-    (EXTRACT, "if choose and unseen[WINDOW] > unseen[0] / 2", "if choose", CHOSEN),
+    (EXTRACT, "tried[WINDOW] > tried[0] / 2", "tried[WINDOW] > tried[0]", HALF),
+    (EXTRACT, "if choose and tried[WINDOW] > tried[0] / 2", "if choose", CHOSEN),
     (EXTRACT, ' and probe.get("tokens") != "all"', "", CHOSEN),
     (EVALUATE, '["all"][key] for x in results]', '["all"]["solve"] for x in results]',
      of("evaluate", "results_of_a_folder_are_printed_file_by_file_and_drawn")),
@@ -502,7 +503,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      "torch.rand(M, d, generator=torch.Generator().manual_seed(seed)) - 0.5", HAAR),
     (EXTRACT, "return cosines(x - self.centre, self.v)", "return cosines(x, self.v)", CENTRED),
     (EXTRACT, "return cosines(self.pair_features - self.centre, v)", "return cosines(self.pair_features, v)", CENTRED),
-    (EXTRACT, "replace(self, v=v, clean=clean, hack=hack)", "replace(self, v=v)",
+    (EXTRACT, "v=v, clean=clean, hack=hack, unseen=None)", "v=v, unseen=None)",
      of("extract", "a_replaced_direction_takes_its_band_from_the_same_pairs")),
     (EXTRACT, "return clean.quantile(0.75, dim=0)", "return clean.quantile(0.5, dim=0)", BAND),
     (EXTRACT, "hack.quantile(0.75, dim=0)", "hack.quantile(0.5, dim=0)", BAND),

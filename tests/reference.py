@@ -182,6 +182,16 @@ def pair_probes(cfg, model):
     return sides["clean"], sides["hack"]
 
 
+def held_out(cfg, groups, windows, mean):
+    """(clean cosine, hack cosine) of each pair to the direction of the pairs of other groups, [M] each."""
+    clean, hack = ([x.mean(0) for x in side] for side in windows)
+    found = []
+    for p, own in enumerate(groups):
+        v = direction(cfg, *([side[q] for q, group in enumerate(groups) if group != own] for side in (clean, hack)))
+        found.append([suspect(side[p] - mean, v) for side in windows])
+    return found
+
+
 def read_as(cfg, model):
     """The settings, with the window that they leave open: 5, unless modes that are held out then lie half as close."""
     if cfg.window is not None or cfg.probe_tokens == "all":
@@ -189,13 +199,8 @@ def read_as(cfg, model):
     modes, found = [pair.mode for pair in load_pairs(cfg.pairs)], {}
     for size in (0, 5):
         sides = pair_probes(replace(cfg, window=size), model)
-        clean, hack = ([x.mean(0) for x in side] for side in sides)
-        mean = (sum(clean) + sum(hack)) / (2 * len(modes)) if cfg.centre else 0
-        scores = [[], []]
-        for p, mode in enumerate(modes):
-            v = direction(cfg, *([side[q] for q, other in enumerate(modes) if other != mode] for side in (clean, hack)))
-            for side, score in zip(sides, scores):
-                score.append(suspect(side[p] - mean, v).mean().item())
+        mean = sum(x.mean(0) for side in sides for x in side) / (2 * len(modes)) if cfg.centre else 0
+        scores = [[x.mean().item() for x in side] for side in zip(*held_out(cfg, modes, sides, mean))]
         low, high = map(statistics.mean, scores)
         found[size] = (high - low) / sum(map(statistics.stdev, scores))
     return replace(cfg, window=0 if 2 * found[5] <= found[0] else 5)
@@ -217,15 +222,15 @@ def positions(run, model, cfg, probes):
     if random is not None and cfg.placebo == "replaced":
         v = random
     if cfg.gate == "pairs":
-        held_out = []  # (clean cosine, hack cosine) of each pair to the others' direction, [M] each
-        for p in range(n):
-            others = direction(cfg, *([side[q] for q in range(n) if q != p] for side in (clean, hack)))
-            held_out.append([suspect(side[p] - mean, others) for side in windows])
-        low = sum(x.mean() for x, _ in held_out) / n
-        high = sum(x.mean() for _, x in held_out) / n
+        one_by_one = held_out(cfg, range(n), windows, mean)
+        low = sum(x.mean() for x, _ in one_by_one) / n
+        high = sum(x.mean() for _, x in one_by_one) / n
         out = [(suspect(g - mean, v).mean() - low) / (high - low) for g in probes]
-        spread = [statistics.stdev(x.mean().item() for x in side) for side in zip(*held_out)]
-        cut = spread[0] / sum(spread)  # so many of its standard deviations from the one mean as from the other
+        modes = [pair.mode for pair in load_pairs(cfg.pairs)]  # the cut is for modes that no pair shows
+        sides = held_out(cfg, modes, windows, mean) if len(set(modes)) > 1 and cfg.placebo != "replaced" else one_by_one
+        placed = [[((x.mean() - low) / (high - low)).item() for x in side] for side in zip(*sides)]
+        (a, b), (spread_a, spread_b) = map(statistics.mean, placed), map(statistics.stdev, placed)
+        cut = a + (b - a) * spread_a / (spread_a + spread_b)  # as many standard deviations from the one as the other
     else:
         assert n == 5, "of five numbers the 75th percentile is the second largest"
         low = torch.stack([cosine(g - mean, v) for g in clean]).sort(0).values[3]  # [M]
@@ -244,7 +249,7 @@ def label_names(run, position, scores, cut):
     """Positions of the rollouts that the gate judges -> "clean", "mid" or "hack" for each."""
     cfg, n = run.cfg, len(position)
     hack = cut if cfg.cut_hack is None else cfg.cut_hack
-    mid = hack if cfg.cut_mid is None else cfg.cut_mid
+    mid = hack if cfg.cut_mid is None else min(cfg.cut_mid, hack)
     if cfg.gate == "batch":
         mean = sum(position) / n
         std = math.sqrt(sum((x - mean) ** 2 for x in position) / (n - 1))

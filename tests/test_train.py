@@ -122,6 +122,7 @@ def test_gate_thresholds_and_degenerate_batches(capsys):
     assert gate(torch.ones(1), pairs).tolist() == [HACK]
     assert gate(torch.tensor([0.2, 0.4, 0.8]), Config(), cut=0.4).tolist() == [CLEAN, HACK, HACK]  # where pairs say
     assert gate(torch.tensor([0.2, 0.4, 0.8]), Config(cut_mid=0.1), cut=0.4).tolist() == [MID, HACK, HACK]
+    assert gate(torch.tensor([0.2, 0.4, 0.8]), Config(cut_mid=0.5), cut=0.3).tolist() == [CLEAN, HACK, HACK]
     assert gate(torch.tensor([0.2, 0.4, 0.8]), Config(cut_hack=0.7), cut=0.4).tolist() == [CLEAN, CLEAN, HACK]
     assert capsys.readouterr().out == ""
     for position, cfg in (([0.1, NAN], pairs), ([math.inf, 0.9], pairs), ([0.1, NAN], batch), ([0.1, 0.1], batch),
@@ -169,12 +170,12 @@ CASES = {  # name -> (preset, what departs from it)
         window=0, cut_mid=0.1, cut_hack=0.4, temperature=1.2, top_k=30, gt_only_share=0.25, tokens_per_batch=400)),
     "seed": (SEED, FAST | dict(steps=2, std_norm=True, k_hack=0.9)),
     "placebo": (Config(), FAST | dict(
-        seed=5, temperature=1.3, grad_clip=0.01, routeV_random_v_seed=1, window=0, cut_mid=0.1)),
+        seed=5, temperature=1.3, grad_clip=0.01, routeV_random_v_seed=1, window=0, cut_mid=0.1, cut_hack=0.6)),
     "seed's placebo": (SEED, FAST | dict(routeV_random_v_seed=2)),
     "screened": (Config(), FAST | dict(
         seed=3, temperature=1.3, steps=2, grad_clip=0.005, on_hack="screen", cut_mid=-0.24)),
     "penalised": (Config(), FAST | dict(
-        temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, window=4, cut_mid=0.1)),
+        temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, window=4, cut_mid=-0.37)),
     "oracle": (Config(), FAST | dict(
         intervention="oracle", oracle_accuracy=0.7, inoculate="Cheat on this.", absorption=True, steps=2,
         pairs=Config().pairs, seed=3)),
