@@ -199,11 +199,9 @@ class Direction:
     """[2P, M, d] features of the clean, then of the hack sides, or of their windows, [2P, W, M, d]"""
     window: int = 0
     """tokens of a window; 0: answers are read whole"""
-    unseen: tuple[Tensor, Tensor] | None = None
-    """cosines of the clean and of the hack sides, [P, M] each, to the direction of the other modes' pairs; None: the
-    pairs show one mode"""
-    tried: dict[int, float] = field(default_factory=dict)
-    """how far apart() the sides of each mode's pairs lie by the others' direction, for each window that was tried"""
+    unseen: dict[int, list[Tensor]] = field(default_factory=dict)
+    """for each window that was tried the cosines of the clean and of the hack sides, [P, M] each, to the direction of
+    the other modes' pairs; empty: the pairs show one mode"""
 
     def summary(self) -> str:
         """One line: how well held-out pairs are told apart, and the band and the cut of gate "pairs"."""
@@ -211,7 +209,7 @@ class Direction:
         auc = auroc(hack, clean)
         poor = "\nwarning: an AUROC below 0.8 hardly tells pairs apart: revise --pairs" if auc < 0.8 else ""
         read = f"answers read in {self.window} tokens" if self.window else "answers read whole"
-        tried = ", ".join(f"window {size}: {value:.2f}" for size, value in self.tried.items())
+        tried = ", ".join(f"window {size}: {apart(*sides):.2f}" for size, sides in self.unseen.items())
         return (f"direction: held-out pairs ranked right {(hack > clean).float().mean():.2f}, AUROC {auc:.2f}, "
                 f"band {clean.mean():+.3f} to {hack.mean():+.3f}, cut {self.cut():.2f}\n"
                 f"  {read}{f' (modes that are held out lie apart by: {tried})' if tried else ''}{poor}")
@@ -223,7 +221,7 @@ class Direction:
     def replaced(self, v: Tensor) -> "Direction":
         """The same machinery around another direction [M, d]: its band comes from the same pairs' cosines to v."""
         clean, hack = self.cosines_to(v).chunk(2)
-        return replace(self, v=v, clean=clean, hack=hack, unseen=None)
+        return replace(self, v=v, clean=clean, hack=hack, unseen={})
 
     def cosines_to(self, v: Tensor) -> Tensor:
         """Cosines [2P, M] of the pairs' clean, then hack sides to v [M, d]."""
@@ -243,7 +241,8 @@ class Direction:
         below, as many of their standard deviations from either mean. A gate has to recognise cheats that no pair shows,
         so the sides are those of modes held out, unless the pairs show but one."""
         low, high = self.band("pairs")
-        sides = ((side.mean(1) - low) / (high - low) for side in self.unseen or (self.clean, self.hack))  # [P] each
+        sides = self.unseen.get(self.window, (self.clean, self.hack))  # [P, M] each
+        sides = ((side.mean(1) - low) / (high - low) for side in sides)  # [P] each
         (clean, a), (hack, b) = ((side.mean(), side.std() + 1e-12) for side in sides)
         return ((clean * b + hack * a) / (a + b)).item()  # without any spread: half way
 
@@ -286,19 +285,18 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
     equal_pairs = equal_pairs and score == "gradient"
     choose = window is None and several and probe.get("tokens") != "all"
     sizes = [0, WINDOW] if choose else [window or 0]
-    readings, unseen, tried = {}, {}, {}  # by window; a reading: features [2P, M, d] and their mean [M, d]
+    readings, unseen = {}, {}  # window -> features [2P, M, d] and their mean [M, d]; cosines as Direction has them
     for size in sizes:
         x = features(model, adapter, prompts * 2, sides, budget, score, size, read=read, **probe)
         readings[size] = x, whole(x).mean(0) * centre
         if several:
             unseen[size] = held_out(*readings[size], modes, equal_pairs)
-            tried[size] = apart(*unseen[size])
-    window = WINDOW if choose and tried[WINDOW] > tried[0] / 2 else sizes[0]
+    window = WINDOW if choose and apart(*unseen[0]) / 2 < apart(*unseen[WINDOW]) else sizes[0]
     x, mean = readings[window]
     v = direction_of(*whole(x).chunk(2), equal_pairs)
     if not v.any() or not v.isfinite().all():
         raise InputError("--pairs: the mean difference of hack and clean sides is zero or not finite; revise them")
-    return Direction(v, mean, *held_out(x, mean, range(len(pairs)), equal_pairs), x, window, unseen.get(window), tried)
+    return Direction(v, mean, *held_out(x, mean, range(len(pairs)), equal_pairs), x, window, unseen)
 
 
 # -------------------------------------------------------------------------------- pairs

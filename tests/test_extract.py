@@ -273,7 +273,7 @@ def test_extract_puts_pairs_gradients_where_they_belong(nano):
     how = dict(score="activation", window=0)
     hidden = [extract(model, tok, adapter, PAIRS[:3], equal_pairs=equal, **how).v for equal in (True, False)]
     assert torch.equal(*hidden), "what else is read has plain means"
-    mixed = [extract(model, tok, adapter, PAIRS[::4], equal_pairs=equal).tried[0] for equal in (True, False)]
+    mixed = [apart(*extract(model, tok, adapter, PAIRS[::4], equal_pairs=equal).unseen[0]) for equal in (True, False)]
     assert abs(mixed[0] - mixed[1]) > 0.01, "modes that are held out, too"
 
 
@@ -406,18 +406,19 @@ def test_pairs_of_other_modes_tell_how_an_answer_is_to_be_read(world, window):
     model, tok = load_model(str(HERE / "data" / world))
     adapter = attach(model, 32, 3)
     chosen = extract(model, tok, adapter, pairs)
-    assert chosen.window == window and set(chosen.tried) == {0, 5}
-    assert window == (0 if chosen.tried[5] < chosen.tried[0] / 2 else 5)
+    assert chosen.window == window and set(chosen.unseen) == {0, 5}
+    distance = {size: apart(*sides) for size, sides in chosen.unseen.items()}
+    assert window == (0 if distance[5] < distance[0] / 2 else 5)
     for size in (0, 5):
         told = extract(model, tok, adapter, pairs, window=size)
-        assert told.tried == pytest.approx({size: chosen.tried[size]}, abs=1e-5) and told.window == size
+        assert apart(*told.unseen[size]) == pytest.approx(distance[size], abs=1e-5) and told.window == size
         assert torch.equal(told.v, chosen.v) == (size == window)
     by_others = held_out(chosen.pair_features, chosen.centre, [pair.mode for pair in pairs])
-    assert all(torch.equal(*sides) for sides in zip(chosen.unseen, by_others))
+    assert all(torch.equal(*sides) for sides in zip(chosen.unseen[window], by_others))
     one = extract(model, tok, adapter, [pair for pair in pairs if pair.mode == "run_tests"])
-    assert one.window == 0 and not one.tried and one.unseen is None
+    assert one.window == 0 and not one.unseen
     prompt_too = extract(model, tok, adapter, pairs, tokens="all")  # no window holds a prompt
-    assert prompt_too.window == 0 and set(prompt_too.tried) == {0}
+    assert prompt_too.window == 0 and set(prompt_too.unseen) == {0}
     assert "answers read " + ("in 5 tokens" if window else "whole") + " (modes that" in chosen.summary()
     assert one.summary().endswith("answers read whole")
 
@@ -470,9 +471,9 @@ def test_the_cut_lies_between_the_sides_of_modes_that_were_held_out():
     """Of the band 0 to 4; by other modes' pairs the clean sides lie at 1 -+ 1, the hack ones at 2 -+ 3: cosine 1.25."""
     d = direction(at(0, 0), at(1, 1), held_out=(((-1.0,), (1.0,)), ((3.0,), (5.0,))))
     assert d.cut() == pytest.approx(0.5)
-    d = replace(d, unseen=(t([[0.0], [2.0]]), t([[-1.0], [5.0]])))
+    d = replace(d, unseen={5: (t([[9.0], [8.0]]), t([[9.0], [7.0]])), 0: (t([[0.0], [2.0]]), t([[-1.0], [5.0]]))})
     assert d.cut() == pytest.approx(1.25 / 4)
-    assert d.replaced(t([[0.0, 1.0]])).unseen is None, "of pairs of another direction they say nothing"
+    assert not d.replaced(t([[0.0, 1.0]])).unseen, "of pairs of another direction they say nothing"
 
 
 def test_position_is_0_at_the_lower_and_1_at_the_upper_edge():
