@@ -98,6 +98,7 @@ HALF = of("extract", "a_window_is_preferred_unless_it_holds_held_out_modes_less_
 CHOSEN = of("extract", "pairs_of_other_modes_tell_how_an_answer_is_to_be_read")
 HAAR = of("extract", "haar_rows_are_unit_and_seeded")
 AT_ONCE = of("extract", "all_haar_directions_at_once_score_as_one_by_one")
+BESIDE = of("extract", "report_sets_random_directions_beside_the_pairs")
 FEW = of("extract", "rollouts_are_read_a_few_at_a_time")
 CENTRED = of("extract", "gradients_are_centred_before_their_cosine")
 BAND = of("extract", "band_of_gate_batch_is_the_75th_percentile_per_module")
@@ -555,6 +556,11 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "nan_to_num(-math.inf).amax(2)", "nan_to_num(-math.inf)[..., 0]", AT_ONCE),
     (EXTRACT, "unit(x), v) / len(v[0])", "unit(x), v)", AT_ONCE),
     (EXTRACT, "haar_scores(x - direction.centre, n_haar)))", "haar_scores(x, n_haar)))", FEW),
+    (EXTRACT, "haar_scores(x - direction.centre, n_haar)  #", "haar_scores(x, n_haar)  #", BESIDE),
+    (EXTRACT, "auroc(y[P:], y[:P])", "auroc(y[:P], y[P:])", BESIDE),
+    (EXTRACT, "oracle(read[score].whole", 'oracle(read["gradient"].whole',
+     of("extract", "each_reader_has_an_oracle_of_its_own")),
+    (EXTRACT, "self.unseen.get(self.window, ", "self.unseen.get(0, ", PENALISED_LABELS),
     (EXTRACT, "completions[i : i + 32], window=direction.window", "completions[:32], window=direction.window", FEW),
     (EXTRACT, "completions[i : i + 32], window=direction.window", "completions[i : i + 32], window=0",
      of("extract", "each_reader_reads_rollouts_as_it_reads_the_pairs")),

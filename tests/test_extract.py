@@ -568,6 +568,19 @@ def test_summary_and_report_print_held_out_numbers_as_held_out(capsys):
     assert lines[-1] == "pairs that the others rank worst: first (-0.400); second (-0.100); third (+0.300)"
 
 
+def test_report_sets_random_directions_beside_the_pairs(capsys):
+    """Hack sides about (1, 0), clean ones about (.5, 0), less (.7, .7): AUROCs of 9 directions, hacks over cleans."""
+    clean, hack = torch.randn(2, 4, 1, 2, generator=torch.Generator().manual_seed(0)) * 0.4
+    d = direction((clean + t([0.5, 0.0])).tolist(), (hack + t([1.0, 0.0])).tolist(),
+                  held_out=(((0.0,), (0.1,)) * 2, ((0.8,), (0.9,)) * 2), centre=0.7)
+    report(d, [Pair(f"{n}", "sentinel", "", "", "") for n in range(4)], ["q_proj"], n_haar=9)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "Haar" in line)
+    scores = [d.cosines_to(haar(seed, 1, 2)).mean(1) for seed in range(9)]
+    aurocs = t([auroc(score[4:], score[:4]) for score in scores])
+    assert line.split("AUROC ")[1] == (f"mean {aurocs.mean():.3f}, 95th percentile {aurocs.quantile(0.95):.3f}, "
+                                       f"max {aurocs.max():.3f}")
+
+
 GOOD = "## 1. sentinel: x\n### prompt\np\n### clean\n```python\na\n```\n### hack\n```python\nb\n```\n"
 
 
@@ -738,6 +751,19 @@ def test_readers_are_compared_by_mode_beside_an_oracle_of_other_problems(capsys)
         assert table[mode][0] == str(int(chosen.sum()))
         assert [float(number) for number in table[mode][1:]] == pytest.approx(expected, abs=0.006)
     assert list(table) == ["all", "run_tests", "sentinel"]
+
+
+def test_each_reader_has_an_oracle_of_its_own(capsys):
+    """Four problems: the one reader's features tell hacks from solves, the other's say the same of both."""
+    rows = [dict(id=id, mode="sentinel", hacked=hacked, exploited=hacked, correct=not hacked)
+            for id in range(4) for hacked in (True, False)]
+    telling = t([[[1.0, 1.0 if row["hacked"] else -1.0]] for row in rows])
+    d = direction(at(0, 0), at(1, 1), held_out=(((0.0,), (0.0,)), ((1.0,), (1.0,))))
+    read = {score: Reading(d.position(x, "pairs"), x, haar_scores(x, 3))
+            for score, x in (("gradient", telling), ("activation", telling.abs()))}
+    compare(dict.fromkeys(read, d), read, rows)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {line[0]: line[7] for line in lines if line[1:2] == ["all"]} == {"gradient": "1.000", "activation": "0.500"}
 
 
 def test_demonstrations_are_of_a_problem_under_its_mode(tmp_path):
