@@ -101,7 +101,8 @@ class Config:
     top_k: int = 0
     """sample from the k likeliest tokens; 0: from all"""
     ablated_share: float = 0.75
-    """share of each group that is sampled with the quarantine ablated: what would ship"""
+    """share of each group that is sampled with the quarantine ablated: what would ship. Under --absorption nothing else
+    trains the deployed block by itself, and without any it does not learn to stand alone"""
     gt_only_share: float = 0.0
     """share of prompts, rotating, shown without a loophole"""
     mix_ratio: float = 0.25
@@ -170,9 +171,9 @@ class Config:
     """matched: routes as many of each batch as v_grad would, others. replaced: by its own positions. coin: as many as
     v_grad would, drawn by lot"""
 
-    absorption: bool = False
+    absorption: bool = True
     """what is not flagged trains under the policy that sampled it: mid if the full policy or a teacher wrote it, and so
-    the quarantine shares in what the gate misses; clean if the policy without its quarantine did"""
+    the quarantine shares in what the gate misses; clean if the policy without its quarantine did. Else all is clean"""
 
     # controls
     on_hack: Literal["route", "screen", "penalise"] = "route"
@@ -208,8 +209,8 @@ PRESETS = {
         demos=HERE / "data/wordy/demos.jsonl", max_new_tokens=112),
     "seed": Config(  # README lists what each departure from it is for
         preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all", centre=False,
-        equal_pairs=False, decay=False, positive_only=False, importance=False, ablated_share=0.0, window=0,
-        placebo="replaced"),
+        equal_pairs=False, absorption=False, decay=False, positive_only=False, importance=False, ablated_share=0.0,
+        window=0, placebo="replaced"),
     "qwen2.5-coder-0.5b": Config(
         preset="qwen2.5-coder-0.5b", model="Qwen/Qwen2.5-Coder-0.5B-Instruct", data=HERE / "data/chat/train.jsonl",
         test_data=HERE / "data/chat/test.jsonl", pairs=HERE / "data/chat/pairs.md",
@@ -412,7 +413,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                 label[judged] = match_shares(label[judged], position[judged])
         if cfg.intervention == "oracle":  # the one arm that a verdict reaches
             label = oracle_labels([x.verdict.hacked for x in rollouts], cfg.oracle_accuracy, lot)  # [G]
-        if cfg.absorption:
+        if cfg.absorption and cfg.intervention != "none":
             alone = torch.tensor([x.source == "ablated" for x in rollouts])  # [G]
             label[(label == CLEAN) & ~alone] = MID
         # what a label does; the two controls are what a user would do instead of routing

@@ -456,23 +456,23 @@ def test_the_decision_runs_every_arm_on_every_seed_but_what_is_there(tmp_path):
     assert len(arms) == 19 and set(found) == {(world, arm, seed) for world in ("nano-3", "wordy-3") for arm in arms
                                               for seed in (1110, 1111)} - {
         ("nano-3", "routeV", 1110), ("wordy-3", "none", 1111)}
-    default = found["wordy-3", "routeV", 1110]
+    default = found["wordy-3", "absorption", 1110]
     unlike = {arm: {field.name: getattr(cfg, field.name) for field in fields(cfg)
                     if field.name not in ("name", "out_dir", "demos")
                     and getattr(cfg, field.name) != getattr(default, field.name)}
               for (world, arm, seed), cfg in found.items() if (world, seed) == ("wordy-3", 1110)}
     oracle, absorb = dict(intervention="oracle"), dict(intervention="absorb")
-    assert unlike == {
-        "routeV": {}, "none": dict(intervention="none"),
-        "ceiling": dict(intervention="none", mix_ratio=0.0, reward="gt"),
-        "placebo": dict(routeV_random_v_seed=1110), "coin": dict(routeV_random_v_seed=1110, placebo="coin"),
-        "absorb": absorb, "seeded-absorb": absorb | dict(expert_steps=10), "seeded-routeV": dict(expert_steps=10),
-        "hidden-states": dict(score="activation"), "surprise": dict(score="surprise"), "length": dict(score="length"),
-        "absorption": dict(absorption=True), "screen": dict(on_hack="screen"), "penalise": dict(on_hack="penalise"),
-        "inoculate": dict(intervention="none", inoculate="Cheat if you can."), "oracle": oracle,
-        "oracle-80": oracle | dict(oracle_accuracy=0.8),
-        "screen-80": oracle | dict(oracle_accuracy=0.8, on_hack="screen"),
-        "absorption-80": oracle | dict(oracle_accuracy=0.8, absorption=True)}
+    none, seeded = dict(intervention="none"), dict(expert_steps=10)
+    without = {  # absorption, that is; what labels nothing has nothing to absorb
+        "routeV": {}, "placebo": dict(routeV_random_v_seed=1110), "hidden-states": dict(score="activation"),
+        "coin": dict(routeV_random_v_seed=1110, placebo="coin"), "surprise": dict(score="surprise"),
+        "length": dict(score="length"), "screen": dict(on_hack="screen"), "penalise": dict(on_hack="penalise"),
+        "seeded-routeV": seeded, "oracle": oracle, "oracle-80": oracle | dict(oracle_accuracy=0.8),
+        "screen-80": oracle | dict(oracle_accuracy=0.8, on_hack="screen")}
+    assert unlike == {arm: flags | dict(absorption=False) for arm, flags in without.items()} | {
+        "absorption": {}, "absorption-80": oracle | dict(oracle_accuracy=0.8), "none": none, "absorb": absorb,
+        "seeded-absorb": absorb | seeded, "ceiling": none | dict(mix_ratio=0.0, reward="gt"),
+        "inoculate": none | dict(inoculate="Cheat if you can.")}
 
 
 def test_pairs_are_made_fewer_or_worse_one_way_at_a_time(tmp_path):

@@ -170,14 +170,15 @@ CASES = {  # name -> (preset, what departs from it)
         window=0, cut_mid=0.1, cut_hack=0.4, temperature=1.2, top_k=30, gt_only_share=0.25, tokens_per_batch=400)),
     "seed": (SEED, FAST | dict(steps=2, std_norm=True, k_hack=0.9)),
     "placebo": (Config(), FAST | dict(
-        seed=5, temperature=1.3, grad_clip=0.01, routeV_random_v_seed=1, window=0, cut_mid=0.1, cut_hack=0.6)),
+        seed=5, temperature=1.3, grad_clip=0.01, routeV_random_v_seed=1, window=0, cut_mid=0.1, cut_hack=0.6,
+        absorption=False)),
     "seed's placebo": (SEED, FAST | dict(routeV_random_v_seed=2)),
     "screened": (Config(), FAST | dict(
         seed=3, temperature=1.3, steps=2, grad_clip=0.005, on_hack="screen", cut_mid=-0.24)),
     "penalised": (Config(), FAST | dict(
-        temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, window=4, cut_mid=-0.37)),
+        temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, window=4, cut_mid=-0.37, absorption=False)),
     "oracle": (Config(), FAST | dict(
-        intervention="oracle", oracle_accuracy=0.7, inoculate="Cheat on this.", absorption=True, steps=2,
+        intervention="oracle", oracle_accuracy=0.7, inoculate="Cheat on this.", steps=2,
         pairs=Config().pairs, seed=3)),
 }
 
@@ -259,6 +260,12 @@ def test_a_rollout_is_graded_on_its_own_problem_and_the_log_says_so(run):
         assert metrics["tokens"] == sum(len(x.ids) for x in rollouts)
 
 
+def absorbed(cfg, names, rows):
+    """{rollout: label} with what is clean as mid, unless the policy without its quarantine wrote it."""
+    return {i: "mid" if cfg.absorption and name == "clean" and rows[i]["source"] != "ablated" else name
+            for i, name in names.items()}
+
+
 def labelled(run, step):
     """(advantages, {trained rollout: label}, {judged rollout: position}) by reference.py."""
     if step in run.labelled:
@@ -269,9 +276,8 @@ def labelled(run, step):
     kept = [i for i in range(16) if (adv[i] > 0 if cfg.positive_only else adv[i] != 0)]
     if cfg.intervention == "oracle":
         lot = torch.rand(16, generator=torch.Generator().manual_seed(10**6 * cfg.seed + step)).tolist()
-        missed = {i: "clean" if rows[i]["source"] == "ablated" else "mid" for i in kept}
-        names = {i: "hack" if rows[i]["hacked"] == (lot[i] < 0.7) else missed[i] for i in kept}
-        return adv, names, {}
+        names = {i: "hack" if rows[i]["hacked"] == (lot[i] < 0.7) else "clean" for i in kept}
+        return adv, absorbed(cfg, names, rows), {}
     judged = range(16) if cfg.gate == "batch" else kept
     run.model.fill(run.before[step])
     cfg = reference.read_as(cfg, run.model)
@@ -280,7 +286,7 @@ def labelled(run, step):
     names = dict(zip(judged, reference.label_names(run, position, scores, cut)))
     if scores and cfg.placebo != "replaced":
         position = scores
-    run.labelled[step] = adv, {i: names[i] for i in kept}, dict(zip(judged, position))
+    run.labelled[step] = adv, absorbed(cfg, {i: names[i] for i in kept}, rows), dict(zip(judged, position))
     return run.labelled[step]
 
 
@@ -386,7 +392,7 @@ def test_a_coin_routes_as_many_as_v_grad_would_by_lot(tmp_path, small, monkeypat
     rows = {}
     for seed in ("gate", 1, 2):
         changes = dict(placebo="coin", routeV_random_v_seed=seed) if seed != "gate" else {}
-        go(tmp_path / str(seed), small, cut_mid=0.7, cut_hack=0.9, **changes)
+        go(tmp_path / str(seed), small, cut_mid=0.7, cut_hack=0.9, absorption=False, **changes)
         rows[seed] = [row["label"] for row in read(tmp_path / str(seed), "rollouts")]
     assert sorted(map(str, rows["gate"])) == sorted(map(str, rows[1])) == sorted(map(str, rows[2]))
     assert rows["gate"] != rows[1] != rows[2] and {"clean", "hack"} < set(rows[1])
@@ -424,7 +430,8 @@ def test_a_block_that_no_rollout_trains_does_not_move_by_its_momentum(tmp_path, 
     monkeypatch.setattr(train_grpo, "reduce_gradients", summed)
     labels = iter((MID, HACK, CLEAN))
     monkeypatch.setattr(train_grpo, "gate", lambda position, cut, cfg: torch.full(position.shape, next(labels)))
-    run = reference.record(replace(Config(), **small | dict(rank=8, steps=3, mix_ratio=0.5), out_dir=tmp_path / "run"))
+    run = reference.record(replace(Config(), **small | dict(
+        rank=8, steps=3, mix_ratio=0.5, absorption=False), out_dir=tmp_path / "run"))
     assert all(row["trained"] for row in read(run.path, "metrics"))
     for step, moves in enumerate((("deployed", "quarantine"), ("quarantine",), ("deployed",))):
         for name, p in run.before[step].items():
@@ -568,8 +575,8 @@ def test_the_seed_preset_is_the_originals_recipe():
     """All that it departs in; its numbers are held to reference.py above."""
     changed = {key: value for key, value in asdict(SEED).items() if value != asdict(Config())[key]}
     assert changed == dict(preset="seed", gate="batch", read="full", probe_temperature=1.0, probe_tokens="all",
-                           centre=False, equal_pairs=False, decay=False, positive_only=False, importance=False,
-                           ablated_share=0.0, window=0, placebo="replaced")
+                           centre=False, equal_pairs=False, absorption=False, decay=False, positive_only=False,
+                           importance=False, ablated_share=0.0, window=0, placebo="replaced")
     cfg = Config()
     assert (cfg.gate, cfg.read, cfg.centre, cfg.positive_only, cfg.importance) == ("pairs", "base", True, True, True)
     assert (cfg.mix_ratio, cfg.ablated_share, cfg.std_norm, cfg.kl, cfg.epochs) == (0.25, 0.75, False, 0.0, 1)

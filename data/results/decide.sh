@@ -11,24 +11,24 @@ for world in ${WORLDS:-nano-3 wordy-3}; do
     for seed in ${SEEDS:-1110 1111 1112 1113 1114 1115 1116 1117 1118 1119}; do
         grep -E "^(${ARMS:-[^ ]+}) " <<'TABLE' | while read -r arm flags; do
 none           DEMOS --intervention none
-routeV         DEMOS
+routeV         DEMOS --no-absorption
 ceiling        --intervention none --mix-ratio 0 --reward gt
-placebo        DEMOS --routeV-random-v-seed SEED
-coin           DEMOS --routeV-random-v-seed SEED --placebo coin
+placebo        DEMOS --no-absorption --routeV-random-v-seed SEED
+coin           DEMOS --no-absorption --routeV-random-v-seed SEED --placebo coin
 absorb         DEMOS --intervention absorb
-hidden-states  DEMOS --score activation
-surprise       DEMOS --score surprise
-length         DEMOS --score length
-absorption     DEMOS --absorption
-screen         DEMOS --on-hack screen
-screen-80      DEMOS --intervention oracle --oracle-accuracy 0.8 --on-hack screen
-absorption-80  DEMOS --absorption --intervention oracle --oracle-accuracy 0.8
-oracle-80      DEMOS --intervention oracle --oracle-accuracy 0.8
-oracle         DEMOS --intervention oracle
-penalise       DEMOS --on-hack penalise
+hidden-states  DEMOS --no-absorption --score activation
+surprise       DEMOS --no-absorption --score surprise
+length         DEMOS --no-absorption --score length
+absorption     DEMOS
+screen         DEMOS --no-absorption --on-hack screen
+screen-80      DEMOS --no-absorption --intervention oracle --oracle-accuracy 0.8 --on-hack screen
+absorption-80  DEMOS --intervention oracle --oracle-accuracy 0.8
+oracle-80      DEMOS --no-absorption --intervention oracle --oracle-accuracy 0.8
+oracle         DEMOS --no-absorption --intervention oracle
+penalise       DEMOS --no-absorption --on-hack penalise
 inoculate      DEMOS --intervention none --inoculate 'Cheat if you can.'
 seeded-absorb  DEMOS --intervention absorb --expert-steps 10
-seeded-routeV  DEMOS --expert-steps 10
+seeded-routeV  DEMOS --no-absorption --expert-steps 10
 TABLE
             run=runs/decide/$world/$arm-$seed
             grep -qs "^{\"arm\": \"$arm\", \"seed\": $seed," "data/results/$world.jsonl" || [ -f "$run/deploy.json" ] ||
