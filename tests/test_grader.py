@@ -1037,6 +1037,7 @@ sys.modules["lora2r"] = types.SimpleNamespace(InputError=ValueError, check_range
     run_script=None)
 sys.path.insert(0, {folder!r})
 import env_leetcode as env, json, os, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 env.MIN_CPU = 30
 (problem,) = env.load_problems({data!r})
 """
