@@ -413,6 +413,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                 label[judged] = match_shares(label[judged], position[judged])
         if cfg.intervention == "oracle":  # the one arm that a verdict reaches
             label = oracle_labels([x.verdict.hacked for x in rollouts], cfg.oracle_accuracy, lot)  # [G]
+        # absorption: but for the ablated policy's own answers, the quarantine shares in whatever is not flagged
         if cfg.absorption and cfg.intervention != "none":
             alone = torch.tensor([x.source == "ablated" for x in rollouts])  # [G]
             label[(label == CLEAN) & ~alone] = MID

@@ -379,7 +379,7 @@ def test_hypotheses_hold_as_the_preregistration_says():
         arms = dict(routeV=(0.9, 0.0), none=(0.1, 0.8), placebo=(0.2, 0.6), coin=(0.2, 0.6), ceiling=(0.91, 0.0),
                     absorb=(0.2, 0.6), surprise=(0.6, 0.0), length=(0.9, 0.4)) | {
                     "hidden-states": (0.9, 0.0), "oracle-80": (0.5, 0.3), "screen-80": (0.4, 0.4),
-                    "absorption": (0.9, 0.0), "absorption-80": (0.7, 0.1)}
+                    "absorption": (0.9, 0.0), "absorption-80": (0.7, 0.1), "dropped-80": (0.7, 0.2)}
         rows, noises = [], random.Random(0)
         for arm, (solve, hack) in (arms | of_arm).items():
             for seed in range(10):
@@ -396,8 +396,8 @@ def test_hypotheses_hold_as_the_preregistration_says():
     turned = [dict(none=(0.1, 0.0)), dict(placebo=(0.2, 0.0)), dict(coin=(0.2, 0.0)), dict(ceiling=(0.928, 0.0)),
               dict(absorb=(0.9, 0.6)), dict(absorb=(0.2, 0.0)), dict(surprise=(0.9, 0.0)), dict(length=(0.9, 0.0)),
               {"hidden-states": (0.8, 0.0)}, {"screen-80": (0.4, 0.2)}, {"absorption-80": (0.4, 0.1)},
-              {"absorption-80": (0.7, 0.4)}, {"absorption": (0.86, 0.0)}, {"absorption": (0.9, 0.02)}]
-    names = ["H1", "H2 H5 H5", "H2b", "H3", "H4", "H4", "H6", "H6", "H7", "H9", "H10", "H10", "H11", "H11"]
+              {"absorption-80": (0.7, 0.4)}, {"dropped-80": (0.5, 0.1)}, {"absorption": (0.86, 0.0)}, {"absorption": (0.9, 0.02)}]
+    names = ["H1", "H2 H5 H5", "H2b", "H3", "H4", "H4", "H6", "H6", "H7", "H9", "H10", "H10 H12", "H12", "H11", "H11"]
     for change, expected in zip(turned, names):
         assert [name for name, value in holds(**change) if value == (name == "H7")] == expected.split(), change
 
@@ -453,7 +453,7 @@ def test_the_decision_runs_every_arm_on_every_seed_but_what_is_there(tmp_path):
         assert (world, cfg.name, cfg.seed) not in found
         found[world, cfg.name, cfg.seed] = cfg
     arms = {name for _, name, _ in found}
-    assert len(arms) == 19 and set(found) == {(world, arm, seed) for world in ("nano-3", "wordy-3") for arm in arms
+    assert len(arms) == 20 and set(found) == {(world, arm, seed) for world in ("nano-3", "wordy-3") for arm in arms
                                               for seed in (1110, 1111)} - {
         ("nano-3", "routeV", 1110), ("wordy-3", "none", 1111)}
     default = found["wordy-3", "absorption", 1110]
@@ -470,7 +470,8 @@ def test_the_decision_runs_every_arm_on_every_seed_but_what_is_there(tmp_path):
         "seeded-routeV": seeded, "oracle": oracle, "oracle-80": oracle | dict(oracle_accuracy=0.8),
         "screen-80": oracle | dict(oracle_accuracy=0.8, on_hack="screen")}
     assert unlike == {arm: flags | dict(absorption=False) for arm, flags in without.items()} | {
-        "absorption": {}, "absorption-80": oracle | dict(oracle_accuracy=0.8), "none": none, "absorb": absorb,
+        "absorption": {}, "absorption-80": oracle | dict(oracle_accuracy=0.8),
+        "dropped-80": oracle | dict(oracle_accuracy=0.8, on_hack="screen"), "none": none, "absorb": absorb,
         "seeded-absorb": absorb | seeded, "ceiling": none | dict(mix_ratio=0.0, reward="gt"),
         "inoculate": none | dict(inoculate="Cheat if you can.")}
 

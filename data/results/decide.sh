@@ -4,7 +4,8 @@
 #     WORLDS=wordy-4 SEEDS="1110 1111 1112 1113 1114" ARMS="none|routeV|hidden-states|ceiling|absorption" sh ...
 #
 # Started again it goes on: a run whose row is in the file of results, or that is finished, is left alone; another is
-# resumed from its last checkpoint. The first decision had SEEDS 1100 to 1109 and WORLDS="nano-2 wordy-2".
+# resumed from its last checkpoint. Arm "absorption" is today's default; those with --no-absorption were written down
+# before it was. The first decision had SEEDS 1100 to 1109 and WORLDS="nano-2 wordy-2".
 cd "$(dirname "$0")/../.." && mkdir -p runs || exit 1
 export OMP_NUM_THREADS=1
 for world in ${WORLDS:-nano-3 wordy-3}; do
@@ -23,6 +24,7 @@ absorption     DEMOS
 screen         DEMOS --no-absorption --on-hack screen
 screen-80      DEMOS --no-absorption --intervention oracle --oracle-accuracy 0.8 --on-hack screen
 absorption-80  DEMOS --intervention oracle --oracle-accuracy 0.8
+dropped-80     DEMOS --intervention oracle --oracle-accuracy 0.8 --on-hack screen
 oracle-80      DEMOS --no-absorption --intervention oracle --oracle-accuracy 0.8
 oracle         DEMOS --no-absorption --intervention oracle
 penalise       DEMOS --no-absorption --on-hack penalise
