@@ -122,6 +122,7 @@ def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor,
 
 # -------------------------------------------------------------------------------- the direction
 WINDOW = 5  # tokens: a few words of a line of code
+MARGIN = 0.3  # of apart(): by so much whole answers have to be the better reading; what is less is noise
 
 
 def unit(x: Tensor) -> Tensor:
@@ -275,9 +276,9 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
 
     system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every feature
     before its cosine. equal_pairs: of score "gradient", as direction_of() takes it. window None: read answers in
-    WINDOW tokens, unless the direction of the other modes' pairs then holds the sides of a mode's pairs less than
-    half as far apart() as when they are read whole: a gate has to recognise cheats that no pair shows. Pairs of one
-    mode cannot tell, and are read whole. The others: as features() takes them.
+    WINDOW tokens, unless the direction of the other modes' pairs holds the sides of a mode's pairs further apart() by
+    MARGIN when they are read whole: a gate has to recognise cheats that no pair shows. Pairs of one mode cannot tell,
+    and are read whole. The others: as features() takes them.
     Raises InputError if the pairs give no direction at all."""
     prompts, sides = encode_pairs(model, tok, pairs, system)
     read, modes = "base" if read == "base" else "ablated", [pair.mode for pair in pairs]
@@ -291,7 +292,7 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
         readings[size] = x, whole(x).mean(0) * centre
         if several:
             unseen[size] = held_out(*readings[size], modes, equal_pairs)
-    window = WINDOW if choose and apart(*unseen[0]) / 2 < apart(*unseen[WINDOW]) else sizes[0]
+    window = WINDOW if choose and apart(*unseen[0]) < apart(*unseen[WINDOW]) + MARGIN else sizes[0]
     x, mean = readings[window]
     v = direction_of(*whole(x).chunk(2), equal_pairs)
     if not v.any() or not v.isfinite().all():
@@ -411,7 +412,7 @@ class Config:
     """what is read of an answer: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
     """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer (default:
-    5, unless the pairs of the other modes then tell a mode's pairs apart less than half as well)"""
+    5, unless the pairs of the other modes tell a mode's pairs apart clearly better in the whole)"""
     probe_temperature: float = 100.0
     """score gradient: softmax temperature of the NLL; at 1 it is the NLL's own, and sees surprise above all"""
     probe_tokens: Literal["completion", "all"] = "completion"

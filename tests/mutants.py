@@ -94,7 +94,7 @@ OTHERS = of("extract", "held_out_leaves_out_a_pair_and_its_group")
 APART = of("extract", "sides_lie_apart_by_their_means_in_standard_deviations")
 CUT_RULE = of("extract", "the_cut_is_as_many_standard_deviations_from_either_mean")
 BY_MODES = of("extract", "the_cut_lies_between_the_sides_of_modes_that_were_held_out")
-HALF = of("extract", "a_window_is_preferred_unless_it_holds_held_out_modes_less_than_half_as_far_apart")
+MARGIN = of("extract", "a_window_is_preferred_unless_whole_answers_hold_held_out_modes_further_apart_by_a_margin")
 CHOSEN = of("extract", "pairs_of_other_modes_tell_how_an_answer_is_to_be_read")
 HAAR = of("extract", "haar_rows_are_unit_and_seeded")
 AT_ONCE = of("extract", "all_haar_directions_at_once_score_as_one_by_one")
@@ -492,8 +492,11 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "held_out(*readings[size], modes, equal_pairs)",
      "held_out(*readings[size], range(len(modes)), equal_pairs)",
      CHOSEN),
-    (EXTRACT, "apart(*unseen[0]) / 2 <", "apart(*unseen[0]) <", HALF),
-    (EXTRACT, "if choose and apart(*unseen[0]) / 2 < apart(*unseen[WINDOW])", "if choose", CHOSEN),
+    (EXTRACT, "MARGIN = 0.3", "MARGIN = 0.0", MARGIN),
+    (EXTRACT, "MARGIN = 0.3", "MARGIN = 0.4", MARGIN),
+    (EXTRACT, "apart(*unseen[WINDOW]) + MARGIN", "apart(*unseen[WINDOW]) - MARGIN", MARGIN),
+    (EXTRACT, "apart(*unseen[WINDOW]) + MARGIN", "apart(*unseen[WINDOW]) * 2", MARGIN),
+    (EXTRACT, "if choose and apart(*unseen[0]) < apart(*unseen[WINDOW]) + MARGIN", "if choose", CHOSEN),
     (EXTRACT, ' and probe.get("tokens") != "all"', "", CHOSEN),
     (EVALUATE, '["all"][key] for x in results]', '["all"]["solve"] for x in results]',
      of("evaluate", "results_of_a_folder_are_printed_file_by_file_and_drawn")),
