@@ -278,13 +278,14 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
     before its cosine. equal_pairs: of score "gradient", as direction_of() takes it. window None: read answers in
     WINDOW tokens, unless the direction of the other modes' pairs holds the sides of a mode's pairs further apart() by
     MARGIN when they are read whole: a gate has to recognise cheats that no pair shows. Pairs of one mode cannot tell,
-    and are read whole. The others: as features() takes them.
+    and are read whole; so are surprise and length, as of a lone number the most suspicious window is often the same in
+    all answers. The others: as features() takes them.
     Raises InputError if the pairs give no direction at all."""
     prompts, sides = encode_pairs(model, tok, pairs, system)
     read, modes = "base" if read == "base" else "ablated", [pair.mode for pair in pairs]
     several = len(set(modes)) > 1
     equal_pairs = equal_pairs and score == "gradient"
-    choose = window is None and several and probe.get("tokens") != "all"
+    choose = window is None and several and score in ("gradient", "activation") and probe.get("tokens") != "all"
     sizes = [0, WINDOW] if choose else [window or 0]
     readings, unseen = {}, {}  # window -> features [2P, M, d] and their mean [M, d]; cosines as Direction has them
     for size in sizes:

@@ -419,6 +419,8 @@ def test_pairs_of_other_modes_tell_how_an_answer_is_to_be_read(world, window):
     assert one.window == 0 and not one.unseen
     prompt_too = extract(model, tok, adapter, pairs, tokens="all")  # no window holds a prompt
     assert prompt_too.window == 0 and set(prompt_too.unseen) == {0}
+    lone_number = extract(model, tok, adapter, pairs, score="surprise")
+    assert lone_number.window == 0 and set(lone_number.unseen) == {0}
     assert "answers read " + ("in 5 tokens" if window else "whole") + " (modes that" in chosen.summary()
     assert one.summary().endswith("answers read whole")
 
