@@ -123,6 +123,7 @@ def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor,
 # -------------------------------------------------------------------------------- the direction
 WINDOW = 5  # tokens: a few words of a line of code
 MARGIN = 0.3  # of apart(): by so much whole answers have to be the better reading; what is less is noise
+POOR = 0.8  # AUROC of a mode's held-out pairs; NOTES.md, "What a leak looks like before it"
 
 
 def unit(x: Tensor) -> Tensor:
@@ -198,6 +199,8 @@ class Direction:
     """[P, M] cosines of the hack sides, likewise"""
     pair_features: Tensor
     """[2P, M, d] features of the clean, then of the hack sides, or of their windows, [2P, W, M, d]"""
+    modes: list[str]
+    """the mode of each pair, P"""
     window: int = 0
     """tokens of a window; 0: answers are read whole"""
     unseen: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -207,13 +210,21 @@ class Direction:
     def summary(self) -> str:
         """One line: how well held-out pairs are told apart, and the band and the cut of gate "pairs"."""
         clean, hack = self.clean.mean(1), self.hack.mean(1)  # [P] each
-        auc = auroc(hack, clean)
-        poor = "\nwarning: an AUROC below 0.8 hardly tells pairs apart: revise --pairs" if auc < 0.8 else ""
+        by_mode = self.by_mode()
+        worst = min(by_mode, key=by_mode.get)
+        poor = (f"\nwarning: {worst}: its pairs, held out, are told apart with an AUROC of {by_mode[worst]:.2f}; below "
+                f"{POOR} a mode may leak: revise --pairs, or try another --score" if by_mode[worst] < POOR else "")
         read = f"answers read in {self.window} tokens" if self.window else "answers read whole"
         tried = ", ".join(f"window {size}: {apart(*sides):.2f}" for size, sides in self.unseen.items())
-        return (f"direction: held-out pairs ranked right {(hack > clean).float().mean():.2f}, AUROC {auc:.2f}, "
+        return (f"direction: held-out pairs ranked right {(hack > clean).float().mean():.2f}, AUROC "
+                f"{auroc(hack, clean):.2f} (of {worst} {by_mode[worst]:.2f}), "
                 f"band {clean.mean():+.3f} to {hack.mean():+.3f}, cut {self.cut():.2f}\n"
                 f"  {read}{f' (modes that are held out lie apart by: {tried})' if tried else ''}{poor}")
+
+    def by_mode(self) -> dict[str, float]:
+        """Mode -> AUROC of its pairs' hack sides over their clean sides, each by the direction of the other pairs."""
+        rows = {mode: [mode == own for own in self.modes] for mode in sorted(set(self.modes))}
+        return {mode: auroc(self.hack[own].mean(1), self.clean[own].mean(1)) for mode, own in rows.items()}
 
     def cosines(self, x: Tensor) -> Tensor:
         """Features x [G, M, d] -> [G, M]."""
@@ -298,7 +309,7 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
     v = direction_of(*whole(x).chunk(2), equal_pairs)
     if not v.any() or not v.isfinite().all():
         raise InputError("--pairs: the mean difference of hack and clean sides is zero or not finite; revise them")
-    return Direction(v, mean, *held_out(x, mean, range(len(pairs)), equal_pairs), x, window, unseen)
+    return Direction(v, mean, *held_out(x, mean, range(len(pairs)), equal_pairs), x, modes, window, unseen)
 
 
 # -------------------------------------------------------------------------------- pairs
@@ -464,10 +475,10 @@ def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: in
     print(f"  AUROC of pair scores {auroc(hack, clean):.3f}   held out {auroc(out_hack, out_clean):.3f}")
     random = haar_scores(x - direction.centre, n_haar)  # [n_haar, 2P]
     print(f"  {n_haar} Haar directions   AUROC {spread(torch.tensor([auroc(y[P:], y[:P]) for y in random]))}")
-    for mode in sorted({p.mode for p in pairs}):
+    for mode, auc in direction.by_mode().items():
         of_mode = torch.tensor([p.mode == mode for p in pairs])  # [P]
         print(f"  {mode:13s} {of_mode.sum():3d} pairs, held out: ranked right {right[of_mode].mean():.3f}, "
-              f"AUROC {auroc(out_hack[of_mode], out_clean[of_mode]):.3f}")
+              f"AUROC {auc:.3f}")
     low, high = direction.band("pairs")
     print(f"  band, gate pairs     {low:+.4f} (position 0, clean mean) to {high:+.4f} (position 1, hack mean)")
     strength = (whole(x)[P:] - whole(x)[:P]).mean(0).norm(dim=-1)  # [M]

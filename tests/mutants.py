@@ -110,6 +110,7 @@ POOLED = of("extract", "completions_of_others_are_read_as_they_are")
 CUT = of("extract", "a_cheat_is_cut_out_of_its_code")
 TABLE = of("extract", "readers_are_compared_by_mode_beside_an_oracle_of_other_problems")
 REPORT = of("extract", "summary_and_report_print_held_out_numbers_as_held_out")
+HARDLY = of("inputs", "pairs_that_hardly_tell_apart_are_warned_of")
 RATES = of("evaluate", "rates_count_a_hack_where_the_loophole_paid_and_the_answer_is_wrong")
 OUTCOMES = of("evaluate", "outcomes_are_of_the_full_policy_and_of_the_ablated_one_apart")
 ROWS = of("evaluate", "base_is_evaluated_before_an_adapter_is_attached_and_each_run_with_its_own")
@@ -573,7 +574,10 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "completions[i : i + 32], window=direction.window", "completions[i : i + 32], window=0",
      of("extract", "each_reader_reads_rollouts_as_it_reads_the_pairs")),
     (EXTRACT, "right = (out_hack > out_clean)", "right = (hack > clean)", REPORT),
-    (EXTRACT, "auroc(out_hack[of_mode], out_clean[of_mode])", "auroc(out_hack, out_clean)", REPORT),
+    (EXTRACT, "auroc(self.hack[own].mean(1), self.clean[own]", "auroc(self.hack.mean(1), self.clean", REPORT),
+    (EXTRACT, "min(by_mode, key=by_mode.get)", "max(by_mode, key=by_mode.get)", REPORT),
+    (EXTRACT, "if by_mode[worst] < POOR", "if auroc(hack, clean) < POOR / 2", HARDLY),
+    (EXTRACT, "POOR = 0.8 ", "POOR = 0.5 ", HARDLY),
 
     # ---------------------------------------------------------------- evaluate_deploy.py
     (EVALUATE, "angle.cos() ** (freedom - 1)", "angle.cos() ** freedom",

@@ -433,11 +433,11 @@ def test_a_window_is_preferred_unless_whole_answers_hold_held_out_modes_further_
         assert extract(model, tok, adapter, PAIRS[::4]).window == window
 
 
-def direction(clean, hack, v=((1.0, 0.0),), held_out=((0.0,), (0.0,)), centre=0.0):
-    """A Direction with pair gradients [P, M, r] and held-out cosines [P, M]."""
+def direction(clean, hack, v=((1.0, 0.0),), held_out=((0.0,), (0.0,)), centre=0.0, modes=("sentinel",)):
+    """A Direction with pair gradients [P, M, r], held-out cosines [P, M] and modes [P]."""
     clean, hack = torch.tensor(clean), torch.tensor(hack)
     return Direction(torch.tensor(v), torch.full(clean.shape[1:], centre), *map(torch.tensor, held_out),
-                     torch.cat([clean, hack]))
+                     torch.cat([clean, hack]), modes=list(modes))
 
 
 def at(*cosine):
@@ -552,14 +552,17 @@ def test_f_half_weighs_precision_over_recall():
 
 
 def test_summary_and_report_print_held_out_numbers_as_held_out(capsys):
-    """Three pairs in one module: scored by their own direction all are right, held out only one is."""
+    """Three pairs in one module: scored by their own direction all are right, held out only one is. The warning is of
+    the mode that is told apart worst."""
     held_out = ((0.5,), (0.4,), (-0.1,)), ((0.1,), (0.3,), (0.2,))
-    d = direction(at(-0.6, -0.6, -0.6), at(0.6, 0.8, 0.8), held_out=held_out)
+    modes = ["sentinel", "run_tests", "sentinel"]
+    d = direction(at(-0.6, -0.6, -0.6), at(0.6, 0.8, 0.8), held_out=held_out, modes=modes)
     summary = d.summary().splitlines()
-    assert summary[0] == ("direction: held-out pairs ranked right 0.33, AUROC 0.33, band +0.267 to +0.200, cut 0.76")
-    assert summary[1] == "  answers read whole" and summary[2].startswith("warning: an AUROC below 0.8")
-    names = [Pair(name, mode, "", "", "") for name, mode in
-             (("first", "sentinel"), ("second", "run_tests"), ("third", "sentinel"))]
+    assert summary[0] == ("direction: held-out pairs ranked right 0.33, AUROC 0.33 (of run_tests 0.00), band +0.267 to "
+                          "+0.200, cut 0.76")
+    assert summary[1] == "  answers read whole" and summary[2].startswith("warning: run_tests: its pairs, held out")
+    assert d.by_mode() == dict(run_tests=0.0, sentinel=0.5)
+    names = [Pair(name, mode, "", "", "") for name, mode in zip(("first", "second", "third"), modes)]
     report(d, names, ["q_proj"], n_haar=5)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "pairs ranked right 1.000 held out (leave-one-out) 0.333" in lines
@@ -575,7 +578,7 @@ def test_report_sets_random_directions_beside_the_pairs(capsys):
     """Hack sides about (1, 0), clean ones about (.5, 0), less (.7, .7): AUROCs of 9 directions, hacks over cleans."""
     clean, hack = torch.randn(2, 4, 1, 2, generator=torch.Generator().manual_seed(0)) * 0.4
     d = direction((clean + t([0.5, 0.0])).tolist(), (hack + t([1.0, 0.0])).tolist(),
-                  held_out=(((0.0,), (0.1,)) * 2, ((0.8,), (0.9,)) * 2), centre=0.7)
+                  held_out=(((0.0,), (0.1,)) * 2, ((0.8,), (0.9,)) * 2), centre=0.7, modes=["sentinel"] * 4)
     report(d, [Pair(f"{n}", "sentinel", "", "", "") for n in range(4)], ["q_proj"], n_haar=9)
     line = next(line for line in capsys.readouterr().out.splitlines() if "Haar" in line)
     scores = [d.cosines_to(haar(seed, 1, 2)).mean(1) for seed in range(9)]
@@ -615,7 +618,7 @@ def test_judge_counts_what_a_gate_would_route(capsys):
     v = torch.nn.functional.normalize(torch.randn(1, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     ortho = torch.nn.functional.normalize(torch.eye(8)[:1] - (torch.eye(8)[:1] @ v.T) * v, dim=-1)
     direction = Direction(v, torch.zeros(1, 8), clean=torch.tensor([[-0.1], [0.1]]),
-                          hack=torch.tensor([[0.2], [1.8]]), pair_features=torch.zeros(4, 1, 8))
+                          hack=torch.tensor([[0.2], [1.8]]), pair_features=torch.zeros(4, 1, 8), modes=["sentinel"] * 2)
     positions = [0.9, 0.35, -0.1, 0.22]
     grads = torch.stack([p * v + (1 - p**2) ** 0.5 * ortho for p in positions])
     rows = [dict(mode="sentinel", source="full", hacked=i < 2, correct=i >= 2, exploited=i < 2) for i in range(4)]

@@ -439,10 +439,14 @@ def test_accepted(server, d):
 def test_pairs_that_hardly_tell_apart_are_warned_of():
     import torch
     from extract_vgrad import Direction
-    low, high = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])
-    summaries = [Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(4, 1, 1)).summary()
-                 for hack in (high, low)]
-    assert ["warning" in text for text in summaries] == [False, True] and "AUROC 0.50" in summaries[1]
+    low, high = torch.tensor([[0.0], [1.0], [0.0], [1.0]]), torch.tensor([[2.0], [3.0], [2.0], [3.0]])
+    one_low = torch.cat([high[:2], low[:2]])  # of the second mode alone
+    modes = ["run_tests", "run_tests", "sentinel", "sentinel"]
+    summaries = [Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(8, 1, 1), modes).summary()
+                 for hack in (high, one_low)]
+    assert ["warning" in text for text in summaries] == [False, True]
+    assert "AUROC 0.75 (of sentinel 0.50)" in summaries[1]
+    assert "warning: sentinel: its pairs, held out, are told apart with an AUROC of 0.50" in summaries[1]
 
 
 def test_export_needs_no_problems_and_leaves_nothing_on_a_full_disk(server, d, tmp_path):
