@@ -122,7 +122,7 @@ def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor,
 
 # -------------------------------------------------------------------------------- the direction
 WINDOW = 5  # tokens: a few words of a line of code
-MARGIN = 0.3  # of apart(): by so much whole answers have to be the better reading; what is less is noise
+MARGIN = 0.2  # of apart(): by so much whole answers have to be the better reading; what is less is noise
 POOR = 0.8  # AUROC of a mode's held-out pairs; NOTES.md, "What a leak looks like before it"
 
 

@@ -193,7 +193,7 @@ def held_out(cfg, groups, windows, mean):
 
 
 def read_as(cfg, model):
-    """The settings, with the window that they leave open: 5, unless modes held out lie .3 further apart if whole."""
+    """The settings, with the window that they leave open: 5, unless modes held out lie .2 further apart if whole."""
     if cfg.window is not None or cfg.probe_tokens == "all":
         return replace(cfg, window=cfg.window or 0)
     modes, found = [pair.mode for pair in load_pairs(cfg.pairs)], {}
@@ -203,7 +203,7 @@ def read_as(cfg, model):
         scores = [[x.mean().item() for x in side] for side in zip(*held_out(cfg, modes, sides, mean))]
         low, high = map(statistics.mean, scores)
         found[size] = (high - low) / sum(map(statistics.stdev, scores))
-    return replace(cfg, window=0 if found[0] >= found[5] + 0.3 else 5)
+    return replace(cfg, window=0 if found[0] >= found[5] + 0.2 else 5)
 
 
 def positions(run, model, cfg, probes):
