@@ -217,7 +217,7 @@ class Direction:
         read = f"answers read in {self.window} tokens" if self.window else "answers read whole"
         tried = ", ".join(f"window {size}: {apart(*sides):.2f}" for size, sides in self.unseen.items())
         return (f"direction: held-out pairs ranked right {(hack > clean).float().mean():.2f}, AUROC "
-                f"{auroc(hack, clean):.2f} (of {worst} {by_mode[worst]:.2f}), "
+                f"{auroc(hack, clean):.2f} (lowest: {worst} {by_mode[worst]:.2f}), "
                 f"band {clean.mean():+.3f} to {hack.mean():+.3f}, cut {self.cut():.2f}\n"
                 f"  {read}{f' (modes that are held out lie apart by: {tried})' if tried else ''}{poor}")
 

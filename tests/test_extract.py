@@ -558,8 +558,8 @@ def test_summary_and_report_print_held_out_numbers_as_held_out(capsys):
     modes = ["sentinel", "run_tests", "sentinel"]
     d = direction(at(-0.6, -0.6, -0.6), at(0.6, 0.8, 0.8), held_out=held_out, modes=modes)
     summary = d.summary().splitlines()
-    assert summary[0] == ("direction: held-out pairs ranked right 0.33, AUROC 0.33 (of run_tests 0.00), band +0.267 to "
-                          "+0.200, cut 0.76")
+    assert summary[0] == ("direction: held-out pairs ranked right 0.33, AUROC 0.33 (lowest: run_tests 0.00), "
+                          "band +0.267 to +0.200, cut 0.76")
     assert summary[1] == "  answers read whole" and summary[2].startswith("warning: run_tests: its pairs, held out")
     assert d.by_mode() == dict(run_tests=0.0, sentinel=0.5)
     names = [Pair(name, mode, "", "", "") for name, mode in zip(("first", "second", "third"), modes)]

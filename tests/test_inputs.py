@@ -445,7 +445,7 @@ def test_pairs_that_hardly_tell_apart_are_warned_of():
     summaries = [Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(8, 1, 1), modes).summary()
                  for hack in (high, one_low)]
     assert ["warning" in text for text in summaries] == [False, True]
-    assert "AUROC 0.75 (of sentinel 0.50)" in summaries[1]
+    assert "AUROC 0.75 (lowest: sentinel 0.50)" in summaries[1]
     assert "warning: sentinel: its pairs, held out, are told apart with an AUROC of 0.50" in summaries[1]
 
 
