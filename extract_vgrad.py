@@ -208,7 +208,8 @@ class Direction:
     the other modes' pairs; empty: the pairs show one mode"""
 
     def summary(self) -> str:
-        """One line: how well held-out pairs are told apart, and the band and the cut of gate "pairs"."""
+        """How well held-out pairs are told apart, the band and the cut of gate "pairs", how answers are read, and a
+        warning."""
         clean, hack = self.clean.mean(1), self.hack.mean(1)  # [P] each
         by_mode = self.by_mode()
         worst = min(by_mode, key=by_mode.get)
@@ -423,8 +424,8 @@ class Config:
     score: Score = "gradient"
     """what is read of an answer: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
-    """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer (default:
-    5, unless the pairs of the other modes tell a mode's pairs apart clearly better in the whole)"""
+    """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer (default: of
+    gradient and activation 5, unless the pairs of the other modes tell a mode's pairs apart clearly better whole)"""
     probe_temperature: float = 100.0
     """score gradient: softmax temperature of the NLL; at 1 it is the NLL's own, and sees surprise above all"""
     probe_tokens: Literal["completion", "all"] = "completion"

@@ -153,8 +153,8 @@ class Config:
     score: Literal["gradient", "activation", "surprise", "length"] = "gradient"
     """what the gate reads of a rollout: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
-    """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer (default:
-    5, unless the pairs of the other modes tell a mode's pairs apart clearly better in the whole)"""
+    """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer (default: of
+    gradient and activation 5, unless the pairs of the other modes tell a mode's pairs apart clearly better whole)"""
     read: Literal["base", "ablated", "full"] = "base"
     """score gradient, of which model: the frozen base, the present one without quarantine, or with both blocks"""
     probe_temperature: float = 100.0

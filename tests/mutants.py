@@ -500,6 +500,8 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "if choose and apart(*unseen[0]) < apart(*unseen[WINDOW]) + MARGIN", "if choose", CHOSEN),
     (EXTRACT, ' and probe.get("tokens") != "all"', "", CHOSEN),
     (EXTRACT, ' and score in ("gradient", "activation")', "", CHOSEN),
+    (EXTRACT, 'score in ("gradient", "activation")', 'score == "gradient"', CHOSEN),
+    (EXTRACT, "x, modes, window, unseen)", "x, modes[::-1], window, unseen)", CHOSEN),
     (EVALUATE, '["all"][key] for x in results]', '["all"]["solve"] for x in results]',
      of("evaluate", "results_of_a_folder_are_printed_file_by_file_and_drawn")),
     (PREPARE, 'partition("-")[0]', 'partition("+")[0]',

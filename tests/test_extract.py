@@ -407,6 +407,8 @@ def test_pairs_of_other_modes_tell_how_an_answer_is_to_be_read(world, window):
     adapter = attach(model, 32, 3)
     chosen = extract(model, tok, adapter, pairs)
     assert chosen.window == window and set(chosen.unseen) == {0, 5}
+    assert chosen.modes == [pair.mode for pair in pairs]
+    assert extract(model, tok, adapter, pairs, score="activation").window == window
     distance = {size: apart(*sides) for size, sides in chosen.unseen.items()}
     assert window == (0 if distance[0] > distance[5] + 0.2 else 5)
     for size in (0, 5):
