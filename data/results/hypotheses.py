@@ -74,8 +74,11 @@ def targets(rows: list[dict], arm: str) -> str:
 
 
 def main(path: Path) -> None:
+    kind = path.stem.partition("-")[0]
+    if kind not in UNSEEN or not path.exists():
+        sys.exit(f"{path}: not a file of a world's results; give data/results/nano-3.jsonl, say, or wordy-3.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for hypothesis, holds, tests in verdicts(rows, UNSEEN[path.stem.partition("-")[0]]):
+    for hypothesis, holds, tests in verdicts(rows, UNSEEN[kind]):
         for n, (what, seeds, centre, half, p) in enumerate(tests):
             print(f"{'' if n else hypothesis:64s}{'' if n else 'yes' if holds else 'no':4s}{what} {centre:+.3f} "
                   f"[{centre - half:+.3f}, {centre + half:+.3f}] p {p:.1g} n {seeds}")
