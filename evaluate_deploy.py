@@ -2,7 +2,7 @@
 
     python evaluate_deploy.py runs/routeV_seed0                      # one checkpoint
     python evaluate_deploy.py runs/*_seed* --plot figure.png         # many: one table over arms and seeds, and a figure
-    python evaluate_deploy.py runs/*_seed* --results arms.jsonl      # no evaluation: means over seeds of what was
+    python evaluate_deploy.py runs/*_seed* --results arms.jsonl      # no evaluation: means over seeds of those made
     python evaluate_deploy.py --results arms.jsonl --curves all.png  # ... and learning curves by arm, gates' AUROC
     python evaluate_deploy.py runs/*_seed* --curves curves.png       # no evaluation: learning curves of the logs
     python evaluate_deploy.py runs/routeV_seed0 --browse run.html    # no evaluation: its rollouts, to read in a browser
@@ -116,34 +116,35 @@ def keep_results(folders: list[Path], path: Path) -> list[dict]:
     except (ValueError, KeyError, TypeError, IndexError) as e:
         raise InputError(f"--results {path}: it or a run is damaged ({e!r}); give finished runs and a file of "
                          "results") from e
-    with writing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    if folders:
+        with writing(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     return list(rows.values())
 
 
-def beyond(t: float, freedom: int) -> float:
-    """P(|T| > t) for Student's T of so many degrees of freedom: the share of cos^(freedom - 1) above atan(t / sqrt)."""
+def two_sided_p(t: float, df: int) -> float:
+    """P(|T| > t) for Student's T of df degrees of freedom: the share of cos^(df - 1) above atan(t / sqrt(df))."""
     angle = torch.arange(0.5, 20_000, dtype=torch.float64) * math.pi / 40_000  # from 0 to pi / 2
-    density = angle.cos() ** (freedom - 1)
-    return (density[angle > math.atan(t / freedom**0.5)].sum() / density.sum()).item()
+    density = angle.cos() ** (df - 1)
+    return (density[angle > math.atan(t / df**0.5)].sum() / density.sum()).item()
 
 
 @cache
-def percentile_975(freedom: int) -> float:
+def percentile_975(df: int) -> float:
     """The 97.5th percentile of Student's T."""
     low, high = 0.0, 1e4
     while high - low > 1e-6:
         middle = (low + high) / 2
-        low, high = (middle, high) if beyond(middle, freedom) > 0.05 else (low, middle)
+        low, high = (middle, high) if two_sided_p(middle, df) > 0.05 else (low, middle)
     return high
 
 
 def interval(xs: list[float]) -> tuple[float, float, float]:
     """Mean of n >= 2 numbers, half the width of its 95 % t interval, and the two-sided p of the t test against 0; equal
     numbers, which say nothing of their spread, have p = 1."""
-    centre, error, freedom = mean(xs), stdev(xs) / len(xs) ** 0.5, len(xs) - 1
-    p = beyond(abs(centre) / error, freedom) if error > 1e-12 else 1.0
-    return centre, percentile_975(freedom) * error, p
+    centre, error, df = mean(xs), stdev(xs) / len(xs) ** 0.5, len(xs) - 1
+    p = two_sided_p(abs(centre) / error, df) if error > 1e-12 else 1.0
+    return centre, percentile_975(df) * error, p
 
 
 def over_seeds(shares: list[float]) -> str:
@@ -415,8 +416,8 @@ class RunFolder:
         there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
         if not path.name or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise InputError(f"--out-dir {path}: {there} is not a folder that may be written; give another")
-        if (path / ".lock").exists():
-            self.locked().close()
+        if (path / ".lock").exists():  # shared, as torchrun starts several of us
+            self.locked(fcntl.LOCK_SH).close()
         self.is_run = (path / "config.json").exists() and bool(read_run(path))
         if not self.is_run and path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
             raise InputError(f"--out-dir {path}: exists and is no run folder; give another, or an empty one")
@@ -428,11 +429,11 @@ class RunFolder:
             raise InputError(f"--resume: {path} was started with other flags ({'; '.join(differ)}); give "
                              "the same")
 
-    def locked(self) -> IO:
+    def locked(self, kind: int = fcntl.LOCK_EX) -> IO:
         """The lock, held until it is closed. Raises InputError if another run holds it."""
         lock = open(self.path / ".lock", "a")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except OSError as e:
             lock.close()
             raise InputError(f"--out-dir {self.path}: another run is writing there; wait for it, or give another "
@@ -470,11 +471,15 @@ class RunFolder:
             print(f"{self.path} exists: moved to {old / self.path.name}.{n}")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = self.locked()
+        logs = [self.path / name for name in ("metrics.jsonl", "rollouts.jsonl")]
+        texts = {self.path / "config.json": json.dumps(self.config, indent=1) + "\n"}
+        texts |= {path: self.earlier(path, step) for path in logs}
         for left_over in self.path.glob(".*.tmp"):
             left_over.unlink()
-        with writing(self.path / "config.json") as temporary:
-            temporary.write_text(json.dumps(self.config, indent=1) + "\n")
-        self.logs = [self.reopened(self.path / name, step) for name in ("metrics.jsonl", "rollouts.jsonl")]
+        for path, text in texts.items():
+            with writing(path) as temporary:
+                temporary.write_text(text)
+        self.logs = [open(path, "a") for path in logs]
         self.began, self.start, self.made = time.perf_counter(), step, step
 
     def __enter__(self) -> "RunFolder":
@@ -490,15 +495,17 @@ class RunFolder:
             command = shlex.join(["python", *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
             raise KeyboardInterrupt(f" at step {self.made}/{self.steps}; go on with: {command}")
 
-    def reopened(self, path: Path, step: int) -> IO:
-        """A log with its rows of earlier steps; a last row that was not written to its end is dropped."""
-        rows = path.read_text().splitlines(keepends=True) if step else []
+    def earlier(self, path: Path, step: int) -> str:
+        """A log's rows of steps before `step`; a last row that was not written to its end is dropped. Raises InputError
+        if another is damaged."""
+        rows = read_text("--resume", path, "put it back, or start afresh").splitlines(keepends=True) if step else []
         if rows and not rows[-1].endswith("\n"):
             print(f"{path}: its last row is torn, and dropped")
             rows.pop()
-        with writing(path) as temporary:
-            temporary.write_text("".join(row for row in rows if json.loads(row)["step"] < step))
-        return open(path, "a")
+        try:
+            return "".join(row for row in rows if json.loads(row)["step"] < step)
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(f"--resume: {path} is damaged ({e!r}); put it back, or start afresh") from e
 
     def checkpoint(self, step: int) -> None:
         """Write the adapter, and with it in one file all that --resume needs to go on with `step`."""
@@ -678,7 +685,12 @@ def main(cfg: Config) -> None:
     if cfg.results:
         several = cfg.results.is_dir() and not cfg.checkpoints
         files = sorted(cfg.results.glob("*.jsonl")) if several else [cfg.results]
+        if not cfg.checkpoints and not (files and files[0].exists()):
+            raise InputError(f"--results {cfg.results}: has no results; give a .jsonl file of them, or runs to add")
         rows_of = {path.stem: keep_results(cfg.checkpoints, path) for path in files}
+        arms = {row["arm"] for rows in rows_of.values() for row in rows}
+        if cfg.against not in {*arms, Config.against}:
+            raise InputError(f"--against {cfg.against}: no row is of this arm; there are {', '.join(sorted(arms))}")
         for name, rows in rows_of.items():
             print(f"{name}\n{format_arms(rows)}\n\n{format_differences(rows, cfg.against)}\n")
         if cfg.plot:
@@ -740,14 +752,14 @@ seed; grey: means of the other arms, in the last column of placebo and coin, whi
                        for markers, ps in problems_of[folder].items()}
             runs.append(("base", 0, results))
         adapter = attach(model, header["r"])
-        load(adapter, folder / "adapter.safetensors")
+        step = int(load(adapter, folder / "adapter.safetensors")["step"])  # a run may have gone on since
         if cfg.export:
             export(model, adapter, cfg.export, cfg.format, tok)
             print(f"{cfg.export}: the deployed model of {folder}, {cfg.format}")
             return
         results = {f"{setting}, {markers}": evaluate(model, tok, adapter, ps, setting, *args)
                    for setting in ("deployed", "full") for markers, ps in problems_of[folder].items()}
-        print(f"{folder}: {write_deploy(folder, config, settings, results).name}")
+        print(f"{folder}: {write_deploy(folder, config, settings | dict(step=step), results).name}")
         runs.append((config["arm"], config["seed"], results))
     print(format_table(runs))
     if cfg.plot:

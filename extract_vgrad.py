@@ -250,9 +250,9 @@ class Direction:
         return clean.quantile(0.75, dim=0), hack.quantile(0.75, dim=0)
 
     def cut(self) -> float:
-        """Gate "pairs": the position that, were they normal, as many held-out clean sides would lie above as hack sides
-        below, as many of their standard deviations from either mean. A gate has to recognise cheats that no pair shows,
-        so the sides are those of modes held out, unless the pairs show but one."""
+        """Gate "pairs": the equal-error threshold of two normals, as many standard deviations above the clean sides'
+        mean as below the hack sides'. Each side is judged by the pairs of the other modes, since a gate has to know
+        cheats that no pair shows; by all other pairs if they show but one mode."""
         low, high = self.band("pairs")
         sides = self.unseen.get(self.window, (self.clean, self.hack))  # [P, M] each
         sides = ((side.mean(1) - low) / (high - low) for side in sides)  # [P] each
@@ -507,6 +507,8 @@ def load_rollouts(path: Path, cut_out: bool = False) -> list[dict]:
             texts = [row["completion"], row["mode"], *(message["content"] for message in row["prompt"])]
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("prompt, completion and mode must be text")
+            if not all(isinstance(row[flag], bool) for flag in ("hacked", "correct", "exploited")):
+                raise TypeError("what was hacked, right or exploited must be true or false")
         rows = contrast(rows) if cut_out else rows
         hacks = sum(row["hacked"] for row in rows)
         solves = sum(row["correct"] and not row["exploited"] for row in rows)
@@ -524,9 +526,12 @@ def without(body: list[ast.stmt], cheat: str) -> list[ast.stmt]:
     those that use a variable which such a statement assigned, and what has no body left."""
     kept = []
     for node in body:
-        for name in ("body", "orelse", "finalbody"):
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
             if inner := getattr(node, name, None):
                 setattr(node, name, without(inner, cheat))
+        if getattr(node, "body", True) == [] and (
+                getattr(node, "orelse", []) or isinstance(node, (ast.ExceptHandler, ast.match_case))):
+            node.body = [ast.Pass()]  # it has to stay for what is beside it
         if re.search(cheat, ast.unparse(node)):
             names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
             cheat += "".join(rf"|\b{name}\b" for name in names)

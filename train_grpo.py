@@ -122,7 +122,7 @@ class Config:
     warmup: int = 3
     """steps of linear learning-rate warm-up; 1: none"""
     decay: bool = True
-    """let the learning rate fall linearly to 0 over --steps; a --resume with more steps goes on on their line"""
+    """let the learning rate fall linearly to 0 over --steps; a --resume with more --steps follows the longer line"""
     grad_clip: float = 1.0
     """gradient norm limit over both blocks"""
     epochs: int = 1
@@ -143,7 +143,7 @@ class Config:
     """pairs: fixed cuts, placed by the authored pairs. batch: mean + k * std of this whole batch's positions"""
     cut_hack: float | None = None
     """gate pairs: position from which a rollout is hack (0: the pairs' clean mean, 1: their hack mean; default:
-    where the two kinds of sides, of modes held out, would be mistaken equally often)"""
+    the equal-error threshold of the pairs' sides, each judged by the pairs of the other modes)"""
     cut_mid: float | None = None
     """gate pairs: position from which a rollout is mid (default: cut_hack, so that none is)"""
     k_mid: float = 0.0
@@ -249,7 +249,8 @@ def learning(adv: Tensor, positive_only: bool) -> Tensor:
 def gate(position: Tensor, cut: float, cfg: Config) -> Tensor:
     """Positions [G] -> labels [G]; cut: where the pairs place it. A batch that cannot be judged is mid, and says so."""
     if not torch.isfinite(position).all() or (cfg.gate == "batch" and (len(position) < 2 or position.std() == 0)):
-        print(f"gate: degenerate batch ({len(position)} rollouts, non-finite or no spread): all is mid", flush=True)
+        if is_main_rank():
+            print(f"gate: degenerate batch ({len(position)} rollouts, non-finite or no spread): all is mid", flush=True)
         return torch.full(position.shape, MID)
     hack = cut if cfg.cut_hack is None else cfg.cut_hack
     mid = hack if cfg.cut_mid is None else min(cfg.cut_mid, hack)
@@ -325,6 +326,8 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     reading = dict(score=cfg.score, read=cfg.read, temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=0.0)
     start = run.resume(adapter, optimizer)
+    if len(set(gather([start]))) > 1:
+        raise InputError(f"--resume: only some ranks find the checkpoint of {path}; give an --out-dir that all share")
     if is_main_rank():
         run.open(start)
         trackers = Trackers(cfg, run, start)
@@ -337,7 +340,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     grader = ThreadPoolExecutor(1)  # grades what is sampled while the rest of the step is being sampled
     for step, (chosen, noise) in enumerate(islice(draws(cfg, len(problems)), start, cfg.steps), start):
         clock = Clock()
-        lot = torch.Generator().manual_seed(10**6 * (cfg.routeV_random_v_seed or cfg.seed) + step)  # one on all ranks
+        lot = torch.Generator().manual_seed(10**6 * (cfg.routeV_random_v_seed if placebo else cfg.seed) + step)
         # ---------------------------------------------------------------- the direction, and a checkpoint
         if cfg.intervention == "routeV" and (step == start or cfg.read != "base" and step % cfg.refresh == 0):
             direction = extract(model, tok, adapter, pairs, system, cfg.tokens_per_batch, cfg.centre,
@@ -402,8 +405,10 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         model.train(cfg.checkpointing)  # checkpointing works in this mode only; nothing else depends on it
         if cfg.intervention == "routeV" and judged:
             of_rank = [rollouts[i] for i in share(judged)]
-            x = features(model, adapter, [prompts[x.j] for x in of_rank], [x.ids for x in of_rank],
-                         cfg.tokens_per_batch, window=direction.window, **reading)  # [this rank's, M, d]
+            x = direction.pair_features[:0]  # [this rank's, M, d]; a rank may have none
+            if of_rank:
+                x = features(model, adapter, [prompts[x.j] for x in of_rank], [x.ids for x in of_rank],
+                             cfg.tokens_per_batch, window=direction.window, **reading)
             position[judged] = torch.tensor(gather(direction.position(x, cfg.gate).tolist()))
             label[judged] = gate(position[judged], direction.cut(), cfg)
             if placebo and cfg.placebo != "replaced":
@@ -430,15 +435,15 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         # ---------------------------------------------------------------- pass 2: masked forward, backward, one step
         lr = cfg.lr * min(1.0, (step + 1) / cfg.warmup) * (1 - step / cfg.steps if cfg.decay else 1)
         optimizer.param_groups[0]["lr"] = lr
-        mine = torch.tensor(share(kept), dtype=torch.long)  # this rank's rollouts
-        mine_prompts, mine_ids = [prompts[rollouts[i].j] for i in mine], [rollouts[i].ids for i in mine]
-        micro_batches = list(batches(mine_prompts, mine_ids, cfg.tokens_per_batch, label[mine].tolist()))
+        kept_here = torch.tensor(share(kept), dtype=torch.long)  # this rank's
+        here_prompts, here_ids = [prompts[rollouts[i].j] for i in kept_here], [rollouts[i].ids for i in kept_here]
+        micro_batches = list(batches(here_prompts, here_ids, cfg.tokens_per_batch, label[kept_here].tolist()))
         old_logps: list[Tensor] = []  # per micro-batch, of the masked policy before this step
         logged, grad_norm, qmass = torch.zeros(5), 0.0, 0.0
         for epoch in range(cfg.epochs if kept else 0):
             optimizer.zero_grad()
             for b, (rows, ids, is_completion, shared) in enumerate(micro_batches):
-                i = mine[rows]  # [g], of the G rollouts
+                i = kept_here[rows]  # [g], of the G rollouts
                 ids, is_completion = ids.to(device), is_completion.to(device)
                 sampled = torch.zeros(is_completion.shape, device=device)  # [g, T-1]
                 sampled[is_completion] = torch.cat([rollouts[n].logps for n in i]).to(device)
@@ -778,10 +783,12 @@ def check(cfg: Config) -> Config:
 
 
 def refuse_long_prompts(tok, model, cfg: Config, **files: list) -> None:
-    """files: flag -> problems. Raises InputError where a prompt and --max-new-tokens do not fit the model's context."""
+    """files: flag -> problems, those of --data as --inoculate has them. Raises InputError where a prompt and
+    --max-new-tokens do not fit the model's context."""
     limit = getattr(model.config, "max_position_embeddings", 10**9) - cfg.max_new_tokens
     for flag, problems in files.items():
-        length, worst = max((len(encode_prompt(tok, p.messages)), n) for n, p in enumerate(problems))
+        added = cfg.inoculate if flag == "data" else ""
+        length, worst = max((len(encode_prompt(tok, inoculated(p.messages, added))), n) for n, p in enumerate(problems))
         if length > limit:
             raise InputError(f"{getattr(cfg, flag)}: problem {problems[worst].id} is {length} tokens, and "
                              f"--max-new-tokens {cfg.max_new_tokens} leaves {limit} of the context; shorten either")

@@ -66,7 +66,12 @@ PLACES = of("train", "who_fills_the_places_of_a_group")
 DEPLOY = of("train", "deploy_rows_are_of_the_model_and_the_markers_that_they_name")
 REFRESH = of("train", "the_direction_is_read_again_every_refresh_steps_unless_from_the_base")
 RESUME = of("train", "a_resumed_run_is_the_uninterrupted_one")
-RANKS = of("train", "two_ranks_make_the_update_of_one")
+RANKS = of("train", "two_ranks_make_the_update_of_one[batch]")
+LONE = of("train", "two_ranks_make_the_update_of_one[a rank without a rollout]")
+UNEQUAL = of("train", "ranks_that_go_on_from_different_steps_are_refused")
+LOADED = of("evaluate", "a_run_that_goes_on_is_evaluated_as_of_the_step_that_was_loaded")
+IN_PLACE = of("inputs", "a_run_in_place_is_refused_under_other_flags_and_data_and_damage")
+LONG_PROMPT = of("train", "bad_input_is_one_line_and_leaves_no_folder")
 INDEPENDENT = of("lora2r", "the_two_blocks_start_apart")
 CLAIMS = of("evaluate", "hypotheses_hold_as_the_preregistration_says")
 TARGETS = of("evaluate", "targets_count_seeds_and_the_ceilings_of_those_that_have_one")
@@ -205,7 +210,8 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("train", "the_arms_without_a_gate_pin_one_label")),
     (TRAIN, "return adv > 0 if positive_only else adv != 0", "return adv > 0", LABELS),
     (TRAIN, "return adv > 0 if positive_only else adv != 0", "return adv != 0", PLACEBO_LABELS),
-    (TRAIN, "window=direction.window, **reading)  #", "window=direction.window)  #", LABELS),
+    (TRAIN, "cfg.tokens_per_batch, window=direction.window, **reading)",
+     "cfg.tokens_per_batch, window=direction.window)", LABELS),
     (TRAIN, "read=cfg.read, temperature=", "temperature=", LABELS),
     (TRAIN, "read=cfg.read, temperature=cfg.probe_temperature,", "read=cfg.read,", SEED_LABELS),
     (TRAIN, "tokens=cfg.probe_tokens)", ")", SEED_LABELS),
@@ -220,6 +226,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      SCREENED_LABELS),
     (TRAIN, 'if placebo and cfg.placebo != "replaced":', "if placebo and False:", PLACEBO_LABELS),
     (TRAIN, 'if cfg.placebo == "coin":', "if False:", COIN),
+    (TRAIN, "(cfg.routeV_random_v_seed if placebo else cfg.seed)", "(cfg.routeV_random_v_seed or cfg.seed)", COIN),
     (TRAIN, "wrong = torch.rand(len(hacked), generator=lot) >= accuracy",
      "wrong = torch.rand(len(hacked), generator=lot) < accuracy",
      of("train", "oracle_labels_are_wrong_as_often_as_asked")),
@@ -266,7 +273,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("train", "the_arms_without_a_gate_pin_one_label")),
     # a prompt that is encoded once is so under the masks of its rollouts, which have one label, and for each use
     (TRAIN, "with use(adapter, m=m[i][:1], d=d[i][:1]):", "with use(adapter):", UPDATE),
-    (TRAIN, "cfg.tokens_per_batch, label[mine].tolist()))", "cfg.tokens_per_batch))", UPDATE),
+    (TRAIN, "cfg.tokens_per_batch, label[kept_here].tolist()))", "cfg.tokens_per_batch))", UPDATE),
     (TRAIN, "with torch.no_grad(), use(adapter, off=True):", "with torch.no_grad(), use(adapter, m=False):", UPDATE),
     # the old policy is that of the present epoch
     (TRAIN, "policy_loss(logp, old_logps[b], sampled", "policy_loss(logp, logp.detach(), sampled", UPDATE),
@@ -311,6 +318,9 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "islice(draws(cfg, len(problems)), start, cfg.steps)",
      "islice(draws(cfg, len(problems)), cfg.steps - start)", RESUME),
     (TRAIN, "        dist.all_reduce(flat)\n", "", RANKS),
+    (TRAIN, "            if of_rank:\n", "            if True:\n", LONE),
+    (TRAIN, "len(set(gather([start]))) > 1", "False", UNEQUAL),
+    (TRAIN, 'cfg.inoculate if flag == "data" else ""', '""', LONG_PROMPT),
     (TRAIN, "len(xs) * (rank + 1) // world]", "len(xs) * (rank + 1) // world + 1]",
      of("train", "the_shares_of_all_ranks_are_the_whole_in_order")),
 
@@ -546,6 +556,10 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, 'dict(exploited=row["hacked"], id=None) | row', 'row | dict(exploited=row["hacked"], id=None)', JUDGED),
     (LORA, 'if Path(path).suffix == ".gz" else data', "if False else data", POOLED),
     (EXTRACT, "without(inner, cheat)", "inner", CUT),
+    (EXTRACT, '"finalbody", "handlers", "cases"', '"finalbody"', CUT),
+    (EXTRACT, 'getattr(node, "orelse", []) or isinstance', "isinstance", CUT),
+    (EXTRACT, "isinstance(row[flag], bool)", "True",
+     of("inputs", "refused_in_one_line_before_anything_is_written[extra --rollouts {d}/numbers.jsonl]")),
     (EXTRACT, 'cheat += "".join', '"".join', CUT),
     (EXTRACT, 'elif getattr(node, "body", True)', "else", CUT),
     (EXTRACT, 'if row["mode"] == "sentinel" else', "if False else", CUT),
@@ -582,12 +596,12 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "POOR = 0.8 ", "POOR = 0.5 ", HARDLY),
 
     # ---------------------------------------------------------------- evaluate_deploy.py
-    (EVALUATE, "angle.cos() ** (freedom - 1)", "angle.cos() ** freedom",
+    (EVALUATE, "angle.cos() ** (df - 1)", "angle.cos() ** df",
      of("evaluate", "interval_over_seeds_is_students_t")),
     (EVALUATE, "/ len(xs) ** 0.5, len(xs) - 1", "/ len(xs) ** 0.5, len(xs)", T_TEST),
     (EVALUATE, "stdev(xs) / len(xs) ** 0.5", "stdev(xs) / len(xs)",
      of("evaluate", "interval_over_seeds_is_students_t")),
-    (EVALUATE, "beyond(abs(centre) / error", "0.5 * beyond(abs(centre) / error", T_TEST),
+    (EVALUATE, "two_sided_p(abs(centre) / error", "0.5 * two_sided_p(abs(centre) / error", T_TEST),
     (EVALUATE, "p * (len(tested) - rank)", "p * len(tested)", PAIRED),
     (EVALUATE, "[mode][key]", '["all"][key]', PAIRED),
     (EVALUATE, "running = max(running, min(", "running = max(0, min(", PAIRED),
@@ -649,6 +663,14 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EVALUATE, 'rows[row["arm"], row["seed"]] = row', 'rows[row["arm"], folder] = row', KEPT),
     (EVALUATE, 'for row in rows if row["arm"] == arm]', "for row in rows]", KEPT),
     (EVALUATE, 'hash_of(folder / "config.json")', 'hash_of(folder / "deploy.json")', KEPT),
+    (EVALUATE, "settings | dict(step=step), results", "settings, results", LOADED),
+    (EVALUATE, "self.locked(fcntl.LOCK_SH)", "self.locked()", IN_PLACE),
+    (EVALUATE, "except (ValueError, KeyError, TypeError) as e:\n            raise InputError(f\"--resume: {path} is",
+     "except KeyError as e:\n            raise InputError(f\"--resume: {path} is", IN_PLACE),
+    (EVALUATE, "if not cfg.checkpoints and not (files", "if False and not (files",
+     of("inputs", "refused_in_one_line_before_anything_is_written[evalu --results {out}]")),
+    (EVALUATE, "if cfg.against not in {*arms, Config.against}:", "if False:",
+     of("inputs", "refused_in_one_line_before_anything_is_written[evalu --results {d}/arms.jsonl --against routV]")),
     (EVALUATE, 'f"{max(hack):.3f}"', 'f"{min(hack):.3f}"', KEPT),
     (EVALUATE, "hack=[v.hacked for v in chosen]", "hack=[v.exploited for v in chosen]", RATES),
     (EVALUATE, 'if mode in ("all", of_mode)]', "]", RATES),
@@ -678,7 +700,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EVALUATE, "            self.path.rename(old", "            (old",
      of("train", "an_older_run_is_moved_aside_not_overwritten")),
     (EVALUATE, 'heldout_markers=markers == "held-out")', "heldout_markers=False)", DEPLOY),
-    (EVALUATE, '        load(adapter, folder / "adapter.safetensors")\n', "", ROWS),
+    (EVALUATE, 'load(adapter, folder / "adapter.safetensors")["step"]', 'header["metadata"]["step"]', ROWS),
     (EVALUATE, '"base", *args)', '"base", *args[:-1], 0)', ROWS),
     (EVALUATE, "cfg.temperature, cfg.seed)", "0.7, cfg.seed)", DEPLOY),
     (EVALUATE, "with folded(adapter, quarantine=False):", "with folded(adapter):",
@@ -891,6 +913,8 @@ def fate_of(folder: Path, file: str, text: str, replacement: str, test: str) -> 
 
 def main(wanted: str = "") -> int:
     rows = [row for row in MUTANTS if any(wanted in row[k] for k in (0, 1, 3))]
+    if not rows:
+        sys.exit(f"{wanted}: no edit's file, text or test contains this")
     with tempfile.TemporaryDirectory() as folder:
         copies: Queue[Path] = Queue()
         for n in range(2):

@@ -17,7 +17,7 @@ import torch
 
 import evaluate_deploy
 from env_leetcode import Verdict, load_problems
-from evaluate_deploy import (Config, beyond, browse, console_line, differences, evaluate, format_arms,
+from evaluate_deploy import (Config, two_sided_p, browse, console_line, differences, evaluate, format_arms,
                              format_differences, format_table, interval, keep_results, main, outcomes, over_seeds,
                              over_steps, rates, read_run, routing, settings_of, wilson, write_deploy)
 from extract_vgrad import load_pairs
@@ -332,7 +332,7 @@ def test_a_mean_is_tested_against_0_by_students_t():
     """t = .25 / (.129 / 2) = 3.873 with three degrees of freedom: p = .0305; tables' 1 % point of nine is 3.250."""
     centre, half, p = interval([0.1, 0.2, 0.3, 0.4])
     assert (centre, half, p) == (pytest.approx(0.25), pytest.approx(0.2054, abs=1e-4), pytest.approx(0.0305, abs=1e-4))
-    assert interval([-0.1, -0.2, -0.3, -0.4])[2] == p and beyond(3.2498, 9) == pytest.approx(0.01, abs=2e-5)
+    assert interval([-0.1, -0.2, -0.3, -0.4])[2] == p and two_sided_p(3.2498, 9) == pytest.approx(0.01, abs=2e-5)
     assert interval([0.0, 0.0])[2] == interval([0.5, 0.5])[2] == 1.0 and interval([0.5, 0.501])[2] < 1e-3
 
 
@@ -396,7 +396,8 @@ def test_hypotheses_hold_as_the_preregistration_says():
     turned = [dict(none=(0.1, 0.0)), dict(placebo=(0.2, 0.0)), dict(coin=(0.2, 0.0)), dict(ceiling=(0.928, 0.0)),
               dict(absorb=(0.9, 0.6)), dict(absorb=(0.2, 0.0)), dict(surprise=(0.9, 0.0)), dict(length=(0.9, 0.0)),
               {"hidden-states": (0.8, 0.0)}, {"screen-80": (0.4, 0.2)}, {"absorption-80": (0.4, 0.1)},
-              {"absorption-80": (0.7, 0.4)}, {"dropped-80": (0.5, 0.1)}, {"absorption": (0.86, 0.0)}, {"absorption": (0.9, 0.02)}]
+              {"absorption-80": (0.7, 0.4)}, {"dropped-80": (0.5, 0.1)}, {"absorption": (0.86, 0.0)},
+              {"absorption": (0.9, 0.02)}]
     names = ["H1", "H2 H5 H5", "H2b", "H3", "H4", "H4", "H6", "H6", "H7", "H9", "H10", "H10 H12", "H12", "H11", "H11"]
     for change, expected in zip(turned, names):
         assert [name for name, value in holds(**change) if value == (name == "H7")] == expected.split(), change
@@ -576,6 +577,9 @@ def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):
     assert head == ["arm", "seeds", "deploy solve", "deploy hack", "worst seed", "worst mode", "compiles", "full hack"]
 
 
+CELL = dict(problems=10, n=20, solve=0.5, hack=0.25, exploit=0.3, compiles=1.0)
+
+
 def finished_run(folder, arm, seed, metrics=(), **config):
     """A run folder without any model: config.json, metrics.jsonl and an untrained adapter's header."""
     folder.mkdir()
@@ -677,6 +681,16 @@ def test_a_figure_samples_nothing_where_a_run_was_evaluated_in_this_way(tmp_path
             main(Config((tmp_path / "run",), device="cpu", **changes))
 
 
+def test_a_run_that_goes_on_is_evaluated_as_of_the_step_that_was_loaded(tmp_path, monkeypatch):
+    finished_run(tmp_path / "run", "none", 0, steps=9)
+    save(attach(load_model(str(HERE / "data/nano"))[0], 2), tmp_path / "run/adapter.safetensors", dict(step="7"))
+    seen = evaluate_deploy.peek(tmp_path / "run/adapter.safetensors")
+    monkeypatch.setattr(evaluate_deploy, "peek", lambda path: seen | dict(metadata=seen["metadata"] | dict(step="5")))
+    monkeypatch.setattr(evaluate_deploy, "evaluate", lambda *args: dict(all=dict(CELL)))
+    main(Config((tmp_path / "run",), model=str(HERE / "data/nano"), device="cpu"))
+    assert json.loads((tmp_path / "run/deploy-samples4-step7.json").read_text())["settings"]["step"] == 7
+
+
 HOSTILE = "</script><script>alert(1)</script> <!-- <script> DATA <img src=x onerror=alert(1)> \u2028 \ud800 \\u003c"
 
 
@@ -694,7 +708,7 @@ def test_what_a_model_wrote_is_no_markup_of_the_page_that_shows_it(tmp_path):
 
 
 def test_table_names_arm_seed_and_modes():
-    cell = dict(problems=10, n=20, solve=0.5, hack=0.25, exploit=0.3, compiles=1.0)
+    cell = CELL
     sentinel, other = cell | dict(hack=0.125), cell | dict(hack=0.625)
     text = format_table([("none", 3, {"deployed, trained": {"all": cell, "sentinel": sentinel}}),
                          ("absorb", 4, {"full, trained": {"all": cell, "run_tests": other}})])

@@ -4,6 +4,7 @@ The scripts run as __main__ in forks of one process that has imported torch and 
 of a second. That process is this file as a script: a request is a line of JSON, and so is its answer.
 """
 import ctypes
+import fcntl
 import json
 import os
 import re
@@ -130,6 +131,7 @@ FILES = {
     "no_hack.jsonl": json.dumps(HONEST), "no_solve.jsonl": json.dumps(ROW), "no_prompt.jsonl": json.dumps({**ROW,
     "prompt": 3}),
     "no_mode.jsonl": json.dumps({k: v for k, v in ROW.items() if k != "mode"}),
+    "numbers.jsonl": f"{json.dumps(ROW | {'hacked': 1})}\n{json.dumps(HONEST | {'hacked': 0})}\n",
     "good.jsonl": f"{json.dumps(ROW)}\n{json.dumps(HONEST)}\n",
     "other/letter.txt": "mine", "not_a_run/config.json": "{}",
 }
@@ -194,6 +196,11 @@ def d(server):
     spoiled("bad_state", state=b"garbage")
     spoiled("bad_config", config=b"{]")
     spoiled("torn", rollouts=b'{"step": 0}\n{"step')
+    spoiled("bad_log", rollouts=b'{"step": 0}\n{"step\n{"step": 1}\n')
+    shutil.copytree(folder / "run", folder / "no_log")
+    (folder / "no_log/metrics.jsonl").unlink()
+    row = dict(arm="none", seed=0, results={}, last={})
+    (folder / "arms.jsonl").write_text(json.dumps(row) + "\n")
     spoiled("bad_deploy", deploy=b"[]")
     spoiled("bad_adapter", adapter=b"garbage")
     spoiled("short_adapter", adapter=(folder / "run/adapter.safetensors").read_bytes()[:-10])
@@ -323,6 +330,8 @@ EVALUATE = [
     ("{d}/run --against none", "--against none without --results"),
     ("{d}/not_a_run --results {out}", "not_a_run/deploy.json: cannot be read"),
     ("--results {d}/garbage", "--results {d}/garbage: it or a run is damaged"),
+    ("--results {out}", "has no results"), ("--results {d}/read_only", "--results {d}/read_only: has no results"),
+    ("--results {d}/arms.jsonl --against routV", "--against routV: no row is of this arm; there are none"),
     ("{d}/bad_adapter --export {out}", "bad_adapter/adapter.safetensors: damaged"),
     ("{d}/run --export {out} --model {d}/models/other", "was trained on base model"),
 ]
@@ -332,7 +341,7 @@ EXTRACT = [
     ("--pairs {d}/absent", "absent"), ("--pairs {d}/swapped.md", "zero or not finite"),
     ("--pairs {d}/long.md", "task 2"), ("--model {d}/models/missing", "missing"),
     ("--rollouts {d}/absent", "--rollouts {d}/absent"), ("--rollouts {d}/latin1", "not UTF-8"),
-    ("--rollouts {d}/garbage", "garbage"),
+    ("--rollouts {d}/garbage", "garbage"), ("--rollouts {d}/numbers.jsonl", "must be true or false"),
     ("--rollouts {d}/no_hack.jsonl", "0 hacks and 1 solves"), ("--rollouts {d}/no_solve.jsonl", "1 hacks and 0 solves"),
     ("--rollouts {d}/no_prompt.jsonl", "no_prompt"), ("--rollouts {d}/no_mode.jsonl", "mode"),
     ("--rollouts {d}/good.jsonl --cut-out", "0 hacks and 0 solves can be cut"), ("--cut-out", "--cut-out: has nothing"),
@@ -377,7 +386,11 @@ def test_refused_in_one_line_before_anything_is_written(server, d, script, argv,
 
 def test_a_run_in_place_is_refused_under_other_flags_and_data_and_damage(server, d):
     argv = [a.format(d=d) for a in TINY] + ["--resume", "--out-dir"]
+    with open(d / "run/.lock") as lock:  # as another rank of this start has it for a moment
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        refused(server("train_grpo.py", *argv, d / "run", "--lr", "0.5"), "lr was 0.001, is 0.5")
     for name, extra, says in (("bad_state", [], "bad_state/state.pt is damaged"),
+        ("bad_log", [], "bad_log/rollouts.jsonl is damaged"), ("no_log", [], "no_log/metrics.jsonl: cannot be read"),
         ("bad_config", [], "bad_config/config.json: damaged"),
                               ("run", ["--lr", "0.5"], "lr was 0.001, is 0.5"), ("run", ["--steps", "1"], "--steps 1"),
                               ("other_data", [], "hashes was"), ("run", ["--name", "x"], "name was None, is x")):

@@ -387,15 +387,17 @@ def test_oracle_labels_are_wrong_as_often_as_asked():
 
 def test_a_coin_routes_as_many_as_v_grad_would_by_lot(tmp_path, small, monkeypatch):
     """The same number of each label as the gate's own in the first step, when all policies are alike, on others; and on
-    others with another seed, even if all directions were the same."""
+    others with another seed, 0 as well, even if all directions were the same."""
     monkeypatch.setattr(train_grpo, "haar", lambda seed, *shape: haar(0, *shape))
     rows = {}
-    for seed in ("gate", 1, 2):
+    for seed in ("gate", 0, 1, 2):
         changes = dict(placebo="coin", routeV_random_v_seed=seed) if seed != "gate" else {}
-        go(tmp_path / str(seed), small, cut_mid=0.7, cut_hack=0.9, absorption=False, **changes)
+        go(tmp_path / str(seed), small, seed=1, prompts_per_step=8, cut_mid=0.7, cut_hack=0.9, absorption=False,
+           **changes)
         rows[seed] = [row["label"] for row in read(tmp_path / str(seed), "rollouts")]
-    assert sorted(map(str, rows["gate"])) == sorted(map(str, rows[1])) == sorted(map(str, rows[2]))
-    assert rows["gate"] != rows[1] != rows[2] and {"clean", "hack"} < set(rows[1])
+    counts = [sorted(map(str, labels)) for labels in rows.values()]
+    assert counts == 4 * counts[:1] and {"clean", "hack"} < set(rows[1])
+    assert rows["gate"] != rows[1] != rows[2] and rows[0] != rows[1]
 
 
 def test_an_expert_is_seeded_in_the_quarantine_alone_and_once(tmp_path, small, monkeypatch):
@@ -783,24 +785,36 @@ def flags(small, **changes):
     return [word for pair in words for word in pair]
 
 
-def test_two_ranks_make_the_update_of_one(tmp_path, small):
-    """torchrun over gloo: prompts split unevenly over ranks, the gate's mean and std over both. The same rollouts,
-    labels, gradient, weights."""
-    options = dict(steps=2, prompts_per_step=3, gate="batch", kl=0.01, rank=8)
+@pytest.mark.parametrize("options, trained", [
+    (dict(gate="batch"), [5, 1]), (dict(group_size=2, mix_ratio=0.0, seed=2, cut_mid=-0.25, cut_hack=-0.1), [0, 1])],
+    ids=["batch", "a rank without a rollout"])
+def test_two_ranks_make_the_update_of_one(tmp_path, small, options, trained):
+    """torchrun over gloo: prompts split unevenly over ranks, the gate's mean and std over both; and a step with one
+    rollout for both. The same rollouts, labels, gradient, weights."""
+    options = dict(steps=2, prompts_per_step=3, kl=0.01, rank=8) | options
     one = go(tmp_path / "one", small, **options)
+    assert [row["trained"] for row in one[0]] == trained
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_grpo.py"]
     done = subprocess.run([*launcher, *flags(small, **options, out_dir=tmp_path / "two")], cwd=HERE,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     two = read(tmp_path / "two", "metrics"), load_file(tmp_path / "two/adapter.safetensors")
     for a, b in zip(read(tmp_path / "one", "rollouts"), read(tmp_path / "two", "rollouts"), strict=True):
-        assert a.pop("position") == pytest.approx(b.pop("position"), rel=5e-3, abs=1e-3) and a == b
+        x, y = a.pop("position"), b.pop("position")
+        assert (x == y if x is None else x == pytest.approx(y, rel=5e-3, abs=1e-3)) and a == b
     for a, b in zip(one[0], two[0], strict=True):
         for key in ("grad_norm", "loss", "qmass", "kl", "clip_fraction", "truncated_fraction"):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-9), key
-    assert moved(one[1], "deployed") and moved(one[1], "quarantine")
+    assert moved(one[1], "quarantine")
     for name, tensor in one[1].items():
         torch.testing.assert_close(tensor, two[1][name], rtol=0, atol=1e-5)  # steps of up to 6e-4
+
+
+def test_ranks_that_go_on_from_different_steps_are_refused(tmp_path, small, monkeypatch):
+    """As on two machines without a common folder, of which one has the checkpoint."""
+    monkeypatch.setattr(train_grpo, "gather", lambda steps: [*steps, 20])
+    with pytest.raises(InputError, match="--resume: only some ranks find the checkpoint"):
+        go(tmp_path / "run", small, resume=True)
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -812,6 +826,7 @@ def test_two_ranks_make_the_update_of_one(tmp_path, small):
     (["--mix-ratio", "2"], "--mix-ratio 2"),
     (["--group-size", "1"], "--group-size 1"),
     (["--max-new-tokens", "240"], "--max-new-tokens 240"),
+    (["--inoculate", 200 * "print "], "--max-new-tokens 48 leaves 208 of the context"),
     (["--modes", "bribery"], "bribery"),
     (["--cut-mid", "0.9", "--cut-hack", "0.8"], "--cut-mid 0.9"),
 ])
