@@ -53,7 +53,7 @@ class Config:
     # run
     preset: Literal["nano", "wordy", "seed", "qwen2.5-coder-0.5b", "qwen3-4b"] = "nano"
     """nano: the embedded model. wordy: another, whose cheats are neither short nor surprising. seed: nano by the
-    original's recipe. qwen2.5-coder-0.5b: a CPU with bf16, 12 GB. qwen3-4b: one 80 GB GPU. Flags override it"""
+    original's recipe. qwen2.5-coder-0.5b: a CPU with bf16, 21 GB. qwen3-4b: one 80 GB GPU. Flags override it"""
     intervention: Literal["none", "routeV", "absorb", "oracle"] = "routeV"
     """none: all is clean. routeV: the gate labels. absorb: all is mid. oracle: labelled by the verdicts, as a bound"""
     name: str | None = None
