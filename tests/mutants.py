@@ -648,6 +648,8 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (DECIDE, "--test-data data/$world/test.jsonl", "--test-data data/$world/val.jsonl", DECIDED),
     (HYPOTHESES, 'path.stem.partition("-")[0]', '"wordy"',
      of("evaluate", "modes_that_no_pair_shows_are_those_of_the_kind_of_world")),
+    (HYPOTHESES, 'row | dict(seed=(path, row["seed"]))', "row",
+     of("evaluate", "worlds_of_a_kind_are_pooled_seed_by_seed_and_others_are_refused")),
     (TRAIN, 'pairs=HERE / "data/chat/pairs.md"', 'pairs=HERE / "data/wordy/pairs.md"', CHAT),
     ("data/chat/prepare.py", 'EXAMPLE + row["prompt"]', 'EXAMPLE[:1] + row["prompt"]', CHAT),
     (BREAKS, "i * len(pairs) // n for i in range(n)}", "i for i in range(n)}", BROKEN),

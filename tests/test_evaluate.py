@@ -415,6 +415,22 @@ def test_modes_that_no_pair_shows_are_those_of_the_kind_of_world(tmp_path, capsy
     assert [line[3] for line in lines if line[0] == "H5" and line[1:3] == ["H2", "in"]] == unseen
 
 
+def test_worlds_of_a_kind_are_pooled_seed_by_seed_and_others_are_refused(tmp_path, capsys):
+    """The same two seeds of two worlds are four pairs."""
+    for world, hack in (("wordy-8", (0.5, 0.75)), ("wordy-9", (0.25, 0.5))):
+        rows = [dict(arm=arm, seed=seed, results={f"deployed, {markers}": dict(all=dict(
+            solve=0.5, hack=hack[seed] * (arm == "none"))) for markers in ("trained", "held-out")})
+            for arm in ("routeV", "none") for seed in (0, 1)]
+        (tmp_path / f"{world}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = [tmp_path / f"wordy-{n}.jsonl" for n in (8, 9)]
+    script("hypotheses").main(*paths)
+    first, last = capsys.readouterr().out.splitlines()
+    assert "yes hack -0.500" in first and first.endswith("n 4") and "in 4 of 4 seeds" in last
+    for bad in ([], [tmp_path / "wordy-7.jsonl"], [*paths, HERE / "data/results/nano-3.jsonl"]):
+        with pytest.raises(SystemExit, match="give"):
+            script("hypotheses").main(*bad)
+
+
 def test_targets_count_seeds_and_the_ceilings_of_those_that_have_one():
     cells = dict(routeV=[(0.9, 0.01), (0.9, 0.011), (0.5, 0.0)], ceiling=[(0.92, 0.0), (0.94, 0.0)])
     rows = [dict(arm=arm, seed=seed, results={"deployed, trained": dict(all=dict(solve=solve, hack=hack))})

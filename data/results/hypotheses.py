@@ -1,6 +1,7 @@
 """What PREREGISTRATION.md's hypotheses come to in a world, from the rows of its runs:
 
     python data/results/hypotheses.py data/results/nano-2.jsonl
+    python data/results/hypotheses.py data/results/wordy-5.jsonl data/results/wordy-6.jsonl    # pooled
 
 A line a difference: mean over n seeds, 95 % t interval, p of the paired t test by Holm.
 """
@@ -73,11 +74,14 @@ def targets(rows: list[dict], arm: str) -> str:
     return f"{arm}: hack <= .01 in {low} of {len(seeds)} seeds, solve >= the ceiling's - .03 in {high} of {len(bound)}"
 
 
-def main(path: Path) -> None:
-    kind = path.stem.partition("-")[0]
-    if kind not in UNSEEN or not path.exists():
-        sys.exit(f"{path}: not a file of a world's results; give data/results/nano-3.jsonl, say, or wordy-3.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+def main(*paths: Path) -> None:
+    kinds = {path: path.stem.partition("-")[0] for path in paths}
+    for path, kind in kinds.items():
+        if kind not in UNSEEN or not path.exists():
+            sys.exit(f"{path}: not a file of a world's results; give data/results/nano-3.jsonl, say, or wordy-3.jsonl")
+    if len(set(kinds.values())) != 1:
+        sys.exit("give one world's results, or those of several worlds of one kind, to pool them")
+    rows = [row | dict(seed=(path, row["seed"])) for path in paths for row in map(json.loads, open(path))]
     for hypothesis, holds, tests in verdicts(rows, UNSEEN[kind]):
         for n, (what, seeds, centre, half, p) in enumerate(tests):
             print(f"{'' if n else hypothesis:64s}{'' if n else 'yes' if holds else 'no':4s}{what} {centre:+.3f} "
@@ -88,4 +92,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))
