@@ -22,13 +22,14 @@ from evaluate_deploy import keep_results  # noqa: E402
 RUNS, ROWS = HERE / "runs/breaks", HERE / "data/results/variants/breaks.jsonl"
 SEEDS = (20, 21, 22)
 READERS = {"gradient": "", "activation": "--score activation", "none": "--intervention none"}
+LABELS = {"gradient": "gradient", "activation": "hidden states", "none": "no routing"}
 PANELS = {  # what is made worse -> {how much: flags}; without flags it is the default
     "pairs": {"44": "", "20": "--pairs 20", "10": "--pairs 10", "5": "--pairs 5"},
     "modes with pairs": {"two": "", "run_tests": "--pairs run_tests", "sentinel": "--pairs sentinel"},
     "pairs with sides swapped": {"0": "", "4 of 44": "--pairs swapped-4", "11": "--pairs swapped-11"},
     "rank": {"32": "", "8": "--rank 8"},
-    "steps": {"40": "", "20": "--steps 20", "120": "--steps 120"},
-    "teachers": {"a quarter": "", "none": "--mix-ratio 0"},
+    "steps": {"20": "--steps 20", "40": "", "120": "--steps 120"},
+    "teachers": {"1/4": "", "none": "--mix-ratio 0"},
 }
 
 
@@ -77,7 +78,9 @@ def draw(path: Path) -> None:
                               if row["arm"] == arm_of(reader, flags)]
                     axes.plot([x] * len(shares), shares, "o", color=colour, alpha=0.4, markersize=4)
                     means += [(x, mean(shares))] if shares else []
-                axes.plot(*zip(*means), color=colour, label=reader)
+                axes.plot(*zip(*means), color=colour, label=LABELS[reader])
+                if len(means) == 1:  # no pairs and no quarantine without routing: the same everywhere
+                    axes.axhline(means[0][1], color=colour)
             axes.set_xticks(range(len(of_panel)), of_panel)
             axes.set(ylim=(-0.03, 1.03), xmargin=0.15)
             axes.spines[["top", "right"]].set_visible(False)
