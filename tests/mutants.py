@@ -666,6 +666,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EVALUATE, 'for row in rows if row["arm"] == arm]', "for row in rows]", KEPT),
     (EVALUATE, 'hash_of(folder / "config.json")', 'hash_of(folder / "deploy.json")', KEPT),
     (EVALUATE, "settings | dict(step=step), results", "settings, results", LOADED),
+    (EVALUATE, "    if folders:\n        with writing", "    if True:\n        with writing", KEPT),
     (EVALUATE, "self.locked(fcntl.LOCK_SH)", "self.locked()", IN_PLACE),
     (EVALUATE, "except (ValueError, KeyError, TypeError) as e:\n            raise InputError(f\"--resume: {path} is",
      "except KeyError as e:\n            raise InputError(f\"--resume: {path} is", IN_PLACE),

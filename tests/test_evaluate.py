@@ -585,7 +585,8 @@ def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):
     assert all(row["curve"] == dict(deployed_solve=[0.123, 0.5], deployed_hack=[0.0, None], auroc=[None, 1.0])
                for row in rows)
     assert {row["config"] for row in rows} == {hashlib.sha256(b"{}").hexdigest()[:12]}
-    assert keep_results([], file) == rows
+    inode = file.stat().st_ino
+    assert keep_results([], file) == rows and file.stat().st_ino == inode, "what is only read is not written"
     lines = format_arms(rows).splitlines()
     head, none, absorb = ([part.strip() for part in line.split("  ") if part] for line in lines)
     assert none == ["none", "2", "0.500 [0.50, 0.50]", "0.188 [0.00, 0.98]", "0.250", "b 0.375", "1.00", "0.875"]
