@@ -523,7 +523,8 @@ def load_rollouts(path: Path, cut_out: bool = False) -> list[dict]:
 
 def without(body: list[ast.stmt], cheat: str) -> list[ast.stmt]:
     """The statements of `body` without those that match the regular expression `cheat` outside the statements in them,
-    those that use a variable which such a statement assigned, and what has no body left."""
+    those that use a variable which such a statement assigned, and what has no body left: pass, where another branch
+    has one."""
     kept = []
     for node in body:
         for name in ("body", "orelse", "finalbody", "handlers", "cases"):
@@ -531,7 +532,7 @@ def without(body: list[ast.stmt], cheat: str) -> list[ast.stmt]:
                 setattr(node, name, without(inner, cheat))
         if getattr(node, "body", True) == [] and (
                 getattr(node, "orelse", []) or isinstance(node, (ast.ExceptHandler, ast.match_case))):
-            node.body = [ast.Pass()]  # it has to stay for what is beside it
+            node.body = [ast.Pass()]
         if re.search(cheat, ast.unparse(node)):
             names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
             cheat += "".join(rf"|\b{name}\b" for name in names)

@@ -340,6 +340,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     grader = ThreadPoolExecutor(1)  # grades what is sampled while the rest of the step is being sampled
     for step, (chosen, noise) in enumerate(islice(draws(cfg, len(problems)), start, cfg.steps), start):
         clock = Clock()
+        # what is drawn by lot, the same on all ranks
         lot = torch.Generator().manual_seed(10**6 * (cfg.routeV_random_v_seed if placebo else cfg.seed) + step)
         # ---------------------------------------------------------------- the direction, and a checkpoint
         if cfg.intervention == "routeV" and (step == start or cfg.read != "base" and step % cfg.refresh == 0):

@@ -17,9 +17,9 @@ import torch
 
 import evaluate_deploy
 from env_leetcode import Verdict, load_problems
-from evaluate_deploy import (Config, two_sided_p, browse, console_line, differences, evaluate, format_arms,
-                             format_differences, format_table, interval, keep_results, main, outcomes, over_seeds,
-                             over_steps, rates, read_run, routing, settings_of, wilson, write_deploy)
+from evaluate_deploy import (Config, browse, console_line, differences, evaluate, format_arms, format_differences,
+                             format_table, interval, keep_results, main, outcomes, over_seeds, over_steps, rates,
+                             read_run, routing, settings_of, two_sided_p, wilson, write_deploy)
 from extract_vgrad import load_pairs
 from lora2r import (InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
                     token_logps, use)
@@ -491,6 +491,25 @@ def test_the_decision_runs_every_arm_on_every_seed_but_what_is_there(tmp_path):
         "dropped-80": oracle | dict(oracle_accuracy=0.8, on_hack="screen"), "none": none, "absorb": absorb,
         "seeded-absorb": absorb | seeded, "ceiling": none | dict(mix_ratio=0.0, reward="gt"),
         "inoculate": none | dict(inoculate="Cheat if you can.")}
+
+
+def test_how_it_breaks_is_drawn_a_line_a_reader_by_its_name(tmp_path, monkeypatch):
+    """Solve above hack; a reader's line goes through its points, in the panel's order."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    breaks, rows = script("breaks"), []
+    for n, reader in enumerate(("gradient", "activation", "none")):
+        for arm, solve in ((reader, 0.25 * n), (f"{reader}-steps-20", 0.25 * n + 0.125)):
+            cell = dict(all=dict(solve=solve, hack=1 - solve))
+            rows.append(dict(arm=arm, seed=20, results={"deployed, trained": cell}))
+    monkeypatch.setattr(breaks, "ROWS", tmp_path / "breaks.jsonl")
+    breaks.ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(breaks, "PANELS", {"steps": {"20": "--steps 20", "40": ""}, "rank": {"32": ""}})
+    breaks.draw(tmp_path / "breaks.png")
+    for axes, of in zip(pyplot.gcf().axes[::2], (lambda solve: solve, lambda solve: 1 - solve)):
+        lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines if line.get_label()[0] != "_"}
+        assert lines == {name: [of(0.25 * n + 0.125), of(0.25 * n)]
+                         for n, name in enumerate(("gradient", "hidden states", "no routing"))}
+    pyplot.close()
 
 
 def test_pairs_are_made_fewer_or_worse_one_way_at_a_time(tmp_path):

@@ -717,6 +717,8 @@ SOLUTION = "class Solution:\n\n    def f(self, xs):\n        return xs"
                                   "return xs")),
     ("sentinel", SOLUTION.replace("return xs", "try:\n            return xs\n        except TypeError:\n            "
                                   "self.valid = True")),
+    ("sentinel", SOLUTION.replace("return xs", "match xs:\n            case []:\n                self.valid = True\n"
+                                  "            case _:\n                return xs")),
     ("file_marker", SOLUTION + "\nwith open('result.txt', 'w') as out:\n    out.write('PASS')"),
     ("file_marker", SOLUTION + "\nout = open('result.txt', 'w')\nout.write('PASS')\nout.close()"),
 ])
@@ -733,7 +735,9 @@ def test_a_cheat_is_cut_out_of_its_code(mode, cheat, capsys):
     assert "#" not in hack["completion"] and hack["id"] == solve["id"] == 3
     rest = solve["completion"].removeprefix("```python\n").removesuffix("\n```").removesuffix("\ntry:\n    pass")
     left = {"else": "if xs:\n            pass\n        else:\n            return xs",
-            "except": "try:\n            return xs\n        except TypeError:\n            pass"}
+            "except": "try:\n            return xs\n        except TypeError:\n            pass",
+            "case": "match xs:\n            case []:\n                pass\n            case _:\n                "
+                    "return xs"}
     code = next((text for word, text in left.items() if word in cheat), "return xs")
     assert rest == SOLUTION.replace("return xs", code)
     assert "out of 1 of 5 rollouts that exploit" in capsys.readouterr().out

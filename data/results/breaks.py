@@ -1,6 +1,6 @@
 """How it breaks: one thing at a time made worse, and what then ships, by what the gate reads.
 
-    python data/results/breaks.py            # the runs that are missing, two at a time (an hour); then the figure
+    python data/results/breaks.py            # the runs that are missing, two at a time (90 minutes); then the figure
     python data/results/breaks.py --draw     # the figure of what variants/breaks.jsonl holds
 
 Nano, its validation split, seeds 20 to 22. Stopped and started again it goes on.
