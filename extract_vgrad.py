@@ -40,21 +40,24 @@ from lora2r import (HERE, Adapter, InputError, attach, bar, batches, check_range
 
 # -------------------------------------------------------------------------------- what a gate reads of a rollout
 def windows(is_completion: Tensor, size: int = 0) -> Tensor:
-    """is_completion bool [g, T] -> weights [g, W, T] whose product with what is read at each token is its mean over
-    each of W windows: `size` neighbouring tokens of a completion, or the whole of one that is shorter. size 0: W = 1,
-    the whole completion. A rollout with fewer windows than others has NaN in its last rows."""
+    """is_completion bool [g, T] -> weights [g, 1 + W, T] whose product with what is read at each token is its mean over
+    the whole completion, then over each of W windows: `size` neighbouring tokens, or the whole of one that is shorter.
+    size 0: W = 0. A rollout with fewer windows than others has NaN in its last rows."""
     n, first = is_completion.sum(1), is_completion.int().argmax(1)  # [g] each
-    size = n.clamp(max=size) if size else n  # [g]
+    whole = (is_completion / n[:, None])[:, None]  # [g, 1, T]
+    if not size:
+        return whole
+    size = n.clamp(max=size)  # [g]
     start = torch.arange(int((n - size).max()) + 1, device=n.device)  # [W]
     t = torch.arange(is_completion.shape[1], device=n.device) - first[:, None, None] - start[:, None]  # [g, W, T]
     weights = ((t >= 0) & (t < size[:, None, None])) / size[:, None, None]  # [g, W, T]
-    return weights.masked_fill((start > (n - size)[:, None])[..., None], math.nan)
+    return torch.cat([whole, weights.masked_fill((start > (n - size)[:, None])[..., None], math.nan)], 1)
 
 
 def features(model, adapter: Adapter, prompts: list[list[int]], completions: list[list[int]], budget: int = 4096,
              score: str = "gradient", window: int = 0, **probe) -> Tensor:
-    """What a gate reads of each rollout: [G, M, d], fp32, on the CPU; of each window of so many tokens of it, if window
-    is not 0, [G, W, M, d], with NaN where a rollout has fewer than W.
+    """What a gate reads of each rollout: [G, M, d], fp32, on the CPU; if window is not 0, of the whole and of each
+    window of so many tokens of it, [G, 1 + W, M, d], with NaN where a rollout has fewer than W.
 
     score gradient    the c-probe's gradient, d = r numbers for each of the M adapted modules; for what is in `probe`
                       (read, temperature, tokens) see probe_gradients()
@@ -62,7 +65,7 @@ def features(model, adapter: Adapter, prompts: list[list[int]], completions: lis
           surprise    their mean NLL under the frozen base, one number: M = d = 1
           length      the number of the completion's tokens, likewise
     """
-    parts: list = [None] * len(prompts)  # G of [W, M, d]
+    parts: list = [None] * len(prompts)  # G of [1 + W, M, d]
     for rows, ids, is_completion, shared in bar(list(batches(prompts, completions, budget)), score):
         weights, ids = windows(is_completion, window), ids.to(model.device)
         if score == "gradient":
@@ -78,21 +81,21 @@ def features(model, adapter: Adapter, prompts: list[list[int]], completions: lis
                     at_token = [h[:, :-1].float() for h in decode(
                         model, ids, prefill(model, ids, shared), output_hidden_states=True).hidden_states[1:]]
                 weights = weights[..., -at_token[0].shape[1] :]
-                x = torch.stack([weights.to(h.device) @ h for h in at_token], 2)  # [g, W, M, d], of M of [g, T-1, d]
+                x = torch.stack([weights.to(h.device) @ h for h in at_token], 2)  # [g, 1 + W, M, d], M of [g, T-1, d]
         for row, one in zip(rows, x.cpu()):
             parts[row] = one
     longest = max(len(x) for x in parts)
-    x = torch.stack([F.pad(x, (0, 0, 0, 0, 0, longest - len(x)), value=math.nan) for x in parts])  # [G, W, M, d]
+    x = torch.stack([F.pad(x, (0, 0, 0, 0, 0, longest - len(x)), value=math.nan) for x in parts])  # [G, 1 + W, M, d]
     return x if window else x[:, 0]
 
 
 def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor, weights: Tensor | None = None,
                     shared: int = 0, read: str = "base", temperature: float = 100.0,
                     tokens: str = "completion") -> Tensor:
-    """The NLL gradient of rollouts ids [g, T] at the deployed half of the c-probe: [g, W, M, r], fp32.
+    """The NLL gradient of rollouts ids [g, T] at the deployed half of the c-probe: [g, 1 + W, M, r], fp32.
 
-    weights None: W = 1, the gradient of each rollout's mean NLL. weights [g, W, T-1]: means over windows of what each
-    token adds to the gradient of its summed NLL.
+    weights None: W = 0, the gradient of each rollout's mean NLL. weights [g, 1 + W, T-1]: means, over the whole and
+    over windows, of what each token adds to the gradient of its summed NLL.
     read "base": on the frozen base model, with the adapter at its init. "ablated": on the present model without its
     quarantine. "full": on the present model with both blocks, where the quarantine soon explains the hack away.
     The NLL is the one under softmax(logits / temperature). A token's gradient begins as (p - its one-hot) /
@@ -131,15 +134,15 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1) if x.shape[-1] > 1 else x
 
 
-def cosines(x: Tensor, v: Tensor) -> Tensor:
-    """Cosine per module of x [G, M, d] to unit rows v, [M, d] or one for each row of x [G, M, d]: [G, M]. Of windows x
-    [G, W, M, d] they are those of the window where their mean is highest."""
+def cosines(x: Tensor, v: Tensor, share: float = 0.0) -> Tensor:
+    """Cosine per module of x [G, M, d] to unit rows v, [M, d] or one for each row of x [G, M, d]: [G, M]. With windows,
+    x [G, 1 + W, M, d], `share` of it is that of the window where their mean is highest, and the rest the whole's."""
     x = unit(x)
     if x.dim() == 3:
         return torch.einsum("gmd,gmd->gm", x, v.expand_as(x))
-    cosine = torch.einsum("gwmd,gmd->gwm", x, v.expand_as(x[:, 0]))  # [G, W, M]
-    best = cosine.mean(2).nan_to_num(-math.inf).argmax(1)  # [G]
-    return cosine[torch.arange(len(x)), best]
+    cosine = torch.einsum("gwmd,gmd->gwm", x, v.expand_as(x[:, 0]))  # [G, 1 + W, M]
+    best = 1 + cosine[:, 1:].mean(2).nan_to_num(-math.inf).argmax(1)  # [G]
+    return (1 - share) * cosine[:, 0] + share * cosine[torch.arange(len(x)), best]
 
 
 def direction_of(clean: Tensor, hack: Tensor, equal_pairs: bool = True) -> Tensor:
@@ -153,17 +156,17 @@ def direction_of(clean: Tensor, hack: Tensor, equal_pairs: bool = True) -> Tenso
 
 
 def whole(x: Tensor) -> Tensor:
-    """Features x [G, M, d], or the mean of windows [G, W, M, d]: [G, M, d]."""
-    return x if x.dim() == 3 else x.nanmean(1)
+    """The whole's features [G, M, d], of x [G, M, d] or [G, 1 + W, M, d]."""
+    return x if x.dim() == 3 else x[:, 0]
 
 
-def held_out(x: Tensor, centre: Tensor, groups: list, equal_pairs: bool = True) -> list[Tensor]:
+def held_out(x: Tensor, centre: Tensor, groups: list, equal_pairs: bool = True, share: float = 0.0) -> list[Tensor]:
     """Cosines of the pairs' clean and of their hack sides x [2P, M, d] - centre, [P, M] each: those of pair p to the
     direction of all pairs but those of its group, of P groups."""
     clean, hack = whole(x).chunk(2)  # [P, M, d] each
     others = torch.tensor([[group != own for group in groups] for own in groups])  # [P, P]
     v = torch.stack([direction_of(clean[chosen], hack[chosen], equal_pairs) for chosen in others])  # [P, M, d]
-    return [cosines(side - centre, v) for side in x.chunk(2)]
+    return [cosines(side - centre, v, share) for side in x.chunk(2)]
 
 
 def apart(clean: Tensor, hack: Tensor) -> float:
@@ -178,12 +181,14 @@ def haar(seed: int, M: int, d: int) -> Tensor:
     return F.normalize(torch.randn(M, d, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def haar_scores(x: Tensor, n: int) -> Tensor:
-    """What cosines().mean(1) makes of features x [G, M, d] or windows [G, W, M, d] with each of n Haar directions:
-    [n, G], in one product."""
+def haar_scores(x: Tensor, n: int, share: float = 0.0) -> Tensor:
+    """What cosines().mean(1) makes of features x [G, M, d] or [G, 1 + W, M, d] with each of n Haar directions: [n, G],
+    in one product."""
     v = torch.stack([haar(seed, *x.shape[-2:]) for seed in range(n)])  # [n, M, d]
-    scores = torch.einsum("g...md,nmd->ng...", unit(x), v) / len(v[0])  # [n, G] or [n, G, W]
-    return scores if x.dim() == 3 else scores.nan_to_num(-math.inf).amax(2)
+    scores = torch.einsum("g...md,nmd->ng...", unit(x), v) / len(v[0])  # [n, G] or [n, G, 1 + W]
+    if x.dim() == 3:
+        return scores
+    return (1 - share) * scores[..., 0] + share * scores[..., 1:].nan_to_num(-math.inf).amax(2)
 
 
 @dataclass(frozen=True)
@@ -198,13 +203,15 @@ class Direction:
     hack: Tensor
     """[P, M] cosines of the hack sides, likewise"""
     pair_features: Tensor
-    """[2P, M, d] features of the clean, then of the hack sides, or of their windows, [2P, W, M, d]"""
+    """[2P, M, d] features of the clean, then of the hack sides, or with their windows, [2P, 1 + W, M, d]"""
     modes: list[str]
     """the mode of each pair, P"""
     window: int = 0
     """tokens of a window; 0: answers are read whole"""
-    unseen: dict[int, list[Tensor]] = field(default_factory=dict)
-    """for each window that was tried the cosines of the clean and of the hack sides, [P, M] each, to the direction of
+    share: float = 0.0
+    """the share of the most suspicious window in a cosine, as cosines() takes it"""
+    unseen: dict[float, list[Tensor]] = field(default_factory=dict)
+    """for each share that was tried the cosines of the clean and of the hack sides, [P, M] each, to the direction of
     the other modes' pairs; empty: the pairs show one mode"""
 
     def summary(self) -> str:
@@ -215,12 +222,12 @@ class Direction:
         worst = min(by_mode, key=by_mode.get)
         poor = (f"\nwarning: {worst}: its pairs, held out, are told apart with an AUROC of {by_mode[worst]:.2f}; below "
                 f"{POOR} a mode may leak: revise --pairs, or try another --score" if by_mode[worst] < POOR else "")
-        read = f"answers read in {self.window} tokens" if self.window else "answers read whole"
-        tried = ", ".join(f"window {size}: {apart(*sides):.2f}" for size, sides in self.unseen.items())
+        read = {0: "whole", 1: f"in {self.window} tokens"}.get(self.share, f"half whole, half in {self.window} tokens")
+        tried = ", ".join(f"{apart(*sides):.2f} if the window's share is {x:g}" for x, sides in self.unseen.items())
         return (f"direction: held-out pairs ranked right {(hack > clean).float().mean():.2f}, AUROC "
                 f"{auroc(hack, clean):.2f} (lowest: {worst} {by_mode[worst]:.2f}), "
                 f"band {clean.mean():+.3f} to {hack.mean():+.3f}, cut {self.cut():.2f}\n"
-                f"  {read}{f' (modes that are held out lie apart by: {tried})' if tried else ''}{poor}")
+                f"  answers read {read}{f' (modes that are held out lie apart by {tried})' if tried else ''}{poor}")
 
     def by_mode(self) -> dict[str, float]:
         """Mode -> AUROC of its pairs' hack sides over their clean sides, each by the direction of the other pairs."""
@@ -229,7 +236,7 @@ class Direction:
 
     def cosines(self, x: Tensor) -> Tensor:
         """Features x [G, M, d] -> [G, M]."""
-        return cosines(x - self.centre, self.v)
+        return cosines(x - self.centre, self.v, self.share)
 
     def replaced(self, v: Tensor) -> "Direction":
         """The same machinery around another direction [M, d]: its band comes from the same pairs' cosines to v."""
@@ -238,7 +245,7 @@ class Direction:
 
     def cosines_to(self, v: Tensor) -> Tensor:
         """Cosines [2P, M] of the pairs' clean, then hack sides to v [M, d]."""
-        return cosines(self.pair_features - self.centre, v)
+        return cosines(self.pair_features - self.centre, v, self.share)
 
     def band(self, gate: str) -> tuple[Tensor, Tensor]:
         """Edges between which a position runs from 0 to 1. Gate "batch", as the original: per module [M], the 75th
@@ -254,7 +261,7 @@ class Direction:
         mean as below the hack sides'. Each side is judged by the pairs of the other modes, since a gate has to know
         cheats that no pair shows; by all other pairs if they show but one mode."""
         low, high = self.band("pairs")
-        sides = self.unseen.get(self.window, (self.clean, self.hack))  # [P, M] each
+        sides = self.unseen.get(self.share, (self.clean, self.hack))  # [P, M] each
         sides = ((side.mean(1) - low) / (high - low) for side in sides)  # [P] each
         (clean, a), (hack, b) = ((side.mean(), side.std() + 1e-12) for side in sides)
         return ((clean * b + hack * a) / (a + b)).item()  # without any spread: half way
@@ -287,30 +294,33 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
     """Read the direction and its bands from the pairs, always without the quarantine (read "full" is "ablated" here).
 
     system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every feature
-    before its cosine. equal_pairs: of score "gradient", as direction_of() takes it. window None: read answers in
-    WINDOW tokens, unless the direction of the other modes' pairs holds the sides of a mode's pairs further apart() by
-    MARGIN when they are read whole: a gate has to recognise cheats that no pair shows. Pairs of one mode cannot tell,
-    and are read whole; so are surprise and length, as of a lone number the most suspicious window is often the same in
-    all answers. The others: as features() takes them.
+    before its cosine. equal_pairs: of score "gradient", as direction_of() takes it. window None: of gradients half the
+    whole answer counts and half its most suspicious WINDOW tokens, as a cheat may be either. Hidden states do not bear
+    it: theirs are read in WINDOW tokens alone, unless the direction of the other modes' pairs holds the sides of a
+    mode's pairs further apart() by MARGIN when they are read whole. Pairs of one mode cannot tell how cheats that they
+    do not show are to be read, and are read whole; so are surprise and length, as of a lone number the most suspicious
+    window is often the same in all answers. The others: as features() takes them.
     Raises InputError if the pairs give no direction at all."""
     prompts, sides = encode_pairs(model, tok, pairs, system)
     read, modes = "base" if read == "base" else "ablated", [pair.mode for pair in pairs]
     several = len(set(modes)) > 1
     equal_pairs = equal_pairs and score == "gradient"
-    choose = window is None and several and score in ("gradient", "activation") and probe.get("tokens") != "all"
-    sizes = [0, WINDOW] if choose else [window or 0]
-    readings, unseen = {}, {}  # window -> features [2P, M, d] and their mean [M, d]; cosines as Direction has them
-    for size in sizes:
-        x = features(model, adapter, prompts * 2, sides, budget, score, size, read=read, **probe)
-        readings[size] = x, whole(x).mean(0) * centre
-        if several:
-            unseen[size] = held_out(*readings[size], modes, equal_pairs)
-    window = WINDOW if choose and apart(*unseen[0]) < apart(*unseen[WINDOW]) + MARGIN else sizes[0]
-    x, mean = readings[window]
-    v = direction_of(*whole(x).chunk(2), equal_pairs)
+    shares = [1.0 if window else 0.0]
+    if window is None and several and probe.get("tokens") != "all":  # no window holds a prompt
+        shares = {"gradient": [0.5], "activation": [0.0, 1.0]}.get(score, shares)
+        window = WINDOW if shares[-1] else 0
+    x = features(model, adapter, prompts * 2, sides, budget, score, window or 0, read=read, **probe)
+    mean, v = whole(x).mean(0) * centre, direction_of(*whole(x).chunk(2), equal_pairs)
     if not v.any() or not v.isfinite().all():
         raise InputError("--pairs: the mean difference of hack and clean sides is zero or not finite; revise them")
-    return Direction(v, mean, *held_out(x, mean, range(len(pairs)), equal_pairs), x, modes, window, unseen)
+    unseen = {share: held_out(x, mean, modes, equal_pairs, share) for share in shares if several}
+    share = shares[-1]
+    if len(shares) > 1 and apart(*unseen[0]) >= apart(*unseen[1]) + MARGIN:
+        share = 0.0
+    if not share:
+        x, window = whole(x), 0
+    by_one = held_out(x, mean, range(len(pairs)), equal_pairs, share)
+    return Direction(v, mean, *by_one, x, modes, window, share, unseen)
 
 
 # -------------------------------------------------------------------------------- pairs
@@ -424,8 +434,8 @@ class Config:
     score: Score = "gradient"
     """what is read of an answer: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
-    """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer (default: of
-    gradient and activation 5, unless the pairs of the other modes tell a mode's pairs apart clearly better whole)"""
+    """read it in so many neighbouring tokens alone, wherever they look most like a hack; 0: whole alone (default: of
+    gradient half whole, half in 5 tokens; of activation either, by the pairs of the other modes; of others whole)"""
     probe_temperature: float = 100.0
     """score gradient: softmax temperature of the NLL; at 1 it is the NLL's own, and sees surprise above all"""
     probe_tokens: Literal["completion", "all"] = "completion"
@@ -474,7 +484,7 @@ def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: in
     print(f"{count(pairs)}, features of {x.shape[-2]} x {x.shape[-1]} numbers\n{direction.summary()}")
     print(f"  pairs ranked right   {(hack > clean).float().mean():.3f}   held out (leave-one-out) {right.mean():.3f}")
     print(f"  AUROC of pair scores {auroc(hack, clean):.3f}   held out {auroc(out_hack, out_clean):.3f}")
-    random = haar_scores(x - direction.centre, n_haar)  # [n_haar, 2P]
+    random = haar_scores(x - direction.centre, n_haar, direction.share)  # [n_haar, 2P]
     print(f"  {n_haar} Haar directions   AUROC {spread(torch.tensor([auroc(y[P:], y[:P]) for y in random]))}")
     for mode, auc in direction.by_mode().items():
         of_mode = torch.tensor([p.mode == mode for p in pairs])  # [P]
@@ -578,7 +588,7 @@ class Reading:
     position: Tensor
     """[G], by gate "pairs" """
     whole: Tensor
-    """[G, M, d] features, of windows their mean"""
+    """[G, M, d] features of whole answers"""
     random: Tensor
     """[n_haar, G] haar_scores()"""
 
@@ -589,7 +599,8 @@ def read_rollouts(direction: Direction, n_haar: int, model, adapter: Adapter, pr
     parts = []  # a few rollouts at a time
     for i in range(0, len(prompts), 32):
         x = features(model, adapter, prompts[i : i + 32], completions[i : i + 32], window=direction.window, **reading)
-        parts.append((direction.position(x, "pairs"), whole(x), haar_scores(x - direction.centre, n_haar)))
+        random = haar_scores(x - direction.centre, n_haar, direction.share)
+        parts.append((direction.position(x, "pairs"), whole(x), random))
     position, features_whole, random = zip(*parts)
     return Reading(torch.cat(position), torch.cat(features_whole), torch.cat(random, 1))
 

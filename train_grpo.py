@@ -153,8 +153,8 @@ class Config:
     score: Literal["gradient", "activation", "surprise", "length"] = "gradient"
     """what the gate reads of a rollout: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
-    """read it in so many neighbouring tokens, wherever they look most like a hack; 0: in the whole answer (default: of
-    gradient and activation 5, unless the pairs of the other modes tell a mode's pairs apart clearly better whole)"""
+    """read it in so many neighbouring tokens alone, wherever they look most like a hack; 0: whole alone (default: of
+    gradient half whole, half in 5 tokens; of activation either, by the pairs of the other modes; of others whole)"""
     read: Literal["base", "ablated", "full"] = "base"
     """score gradient, of which model: the frozen base, the present one without quarantine, or with both blocks"""
     probe_temperature: float = 100.0
@@ -413,7 +413,8 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
             position[judged] = torch.tensor(gather(direction.position(x, cfg.gate).tolist()))
             label[judged] = gate(position[judged], direction.cut(), cfg)
             if placebo and cfg.placebo != "replaced":
-                position[judged] = torch.tensor(gather(cosines(x - direction.centre, v_random).mean(1).tolist()))
+                random = cosines(x - direction.centre, v_random, direction.share)  # [this rank's, M]
+                position[judged] = torch.tensor(gather(random.mean(1).tolist()))
                 if cfg.placebo == "coin":
                     position[judged] = torch.rand(G, generator=lot)[judged]
                 label[judged] = match_shares(label[judged], position[judged])

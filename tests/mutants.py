@@ -100,7 +100,8 @@ APART = of("extract", "sides_lie_apart_by_their_means_in_standard_deviations")
 CUT_RULE = of("extract", "the_cut_is_as_many_standard_deviations_from_either_mean")
 BY_MODES = of("extract", "the_cut_lies_between_the_sides_of_modes_that_were_held_out")
 MARGIN = of("extract", "a_window_is_preferred_unless_whole_answers_hold_held_out_modes_further_apart_by_a_margin")
-CHOSEN = of("extract", "pairs_of_other_modes_tell_how_an_answer_is_to_be_read")
+CHOSEN = of("extract", "pairs_of_other_modes_tell_how_hidden_states_are_to_be_read")
+HALVES = of("extract", "of_gradients_half_is_read_whole_and_half_in_five_tokens")
 HAAR = of("extract", "haar_rows_are_unit_and_seeded")
 AT_ONCE = of("extract", "all_haar_directions_at_once_score_as_one_by_one")
 BESIDE = of("extract", "report_sets_random_directions_beside_the_pairs")
@@ -108,7 +109,7 @@ FEW = of("extract", "rollouts_are_read_a_few_at_a_time")
 CENTRED = of("extract", "gradients_are_centred_before_their_cosine")
 BAND = of("extract", "band_of_gate_batch_is_the_75th_percentile_per_module")
 WINDOWS = of("extract", "windows_average_over_neighbouring_tokens_of_the_completion")
-PICKED = of("extract", "of_windows_the_one_counts_whose_mean_cosine_is_highest")
+PICKED = of("extract", "a_share_is_that_of_the_window_whose_mean_cosine_is_highest_and_the_rest_is_the_wholes")
 SCORES = of("extract", "what_each_score_reads")
 JUDGED = of("extract", "only_the_policys_own_rollouts_with_a_positive_advantage_are_judged")
 POOLED = of("extract", "completions_of_others_are_read_as_they_are")
@@ -243,7 +244,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      "seed_expert(model, adapter, pair_prompts, sides[: len(pairs)], cfg)", EXPERT),
     (TRAIN, 'return [*before, {**last, "content": f"{text} {last[\'content\']}"}] if text else messages',
      "return messages", of("train", "each_rollout_was_sampled_by_the_policy_that_the_log_names[oracle]")),
-    (TRAIN, "cosines(x - direction.centre, v_random)", "cosines(x, v_random)", PLACEBO_LABELS),
+    (TRAIN, "cosines(x - direction.centre, v_random, direction.share)", "cosines(x, v_random)", PLACEBO_LABELS),
     (TRAIN, "direction = direction.replaced(v_random)", "pass", REPLACED_LABELS),
     # the direction: never read again, always read again, read from another model
     (TRAIN, 'step == start or cfg.read != "base" and step % cfg.refresh == 0', "step == start", REFRESH),
@@ -466,7 +467,8 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      SCORES),
     (EXTRACT, "(t < size[:, None, None])) / size[:, None, None]", "(t < size[:, None, None])).float()", SCORES),
     # windows: which tokens they hold, which of them there are, what their gradient is, which one counts
-    (EXTRACT, "size = n.clamp(max=size) if size else n", "size = n", WINDOWS),
+    (EXTRACT, "size = n.clamp(max=size)  #", "size = n  #", WINDOWS),
+    (EXTRACT, "is_completion / n[:, None])[:, None]", "is_completion / n.max())[:, None]", WINDOWS),
     (EXTRACT, "start > (n - size)[:, None]", "start >= (n - size)[:, None]", WINDOWS),
     (EXTRACT, "- first[:, None, None] - start", "- start", WINDOWS),
     (EXTRACT, "((t >= 0) & (t", "((t > 0) & (t", WINDOWS),
@@ -476,14 +478,20 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("extract", "a_windows_gradient_is_the_mean_of_what_its_tokens_add")),
     (LORA, "if ctx.pooled else grad, None", "if ctx.pooled else grad.sum(1, keepdim=True).expand_as(grad), None",
      of("extract", "a_windows_gradient_is_the_mean_of_what_its_tokens_add[base]")),
-    (EXTRACT, "cosine.mean(2).nan_to_num(-math.inf)", "cosine.amax(2).nan_to_num(-math.inf)", PICKED),
-    (EXTRACT, "cosine.mean(2).nan_to_num(-math.inf).argmax(1)", "cosine.mean(2).argmax(1)", PICKED),
-    (EXTRACT, "else x.nanmean(1)", "else x[:, 0]", PICKED),
+    (EXTRACT, "cosine[:, 1:].mean(2).nan_to_num(-math.inf)", "cosine[:, 1:].amax(2).nan_to_num(-math.inf)", PICKED),
+    (EXTRACT, "cosine[:, 1:].mean(2).nan_to_num(-math.inf).argmax(1)", "cosine[:, 1:].mean(2).argmax(1)", PICKED),
+    (EXTRACT, "1 + cosine[:, 1:].mean(2)", "cosine.mean(2)", PICKED),
+    (EXTRACT, "(1 - share) * cosine[:, 0] + share * cosine", "share * cosine[:, 0] + (1 - share) * cosine", PICKED),
+    (EXTRACT, "else x[:, 0]\n\n\ndef held", "else x.nanmean(1)\n\n\ndef held", PICKED),
+    (EXTRACT, "(1 - share) * scores[..., 0] + share", "share * scores[..., 0] + (1 - share)", AT_ONCE),
     (TRAIN, "window=cfg.window, ", "", PENALISED_LABELS),
-    (EXTRACT, "side - centre, v", "whole(side) - centre, v", PENALISED_LABELS),
+    (EXTRACT, "side - centre, v, share)", "whole(side) - centre, v)", PENALISED_LABELS),
+    (EXTRACT, "side - centre, v, share)", "side - centre, v)", PENALISED_LABELS),
+    (EXTRACT, "x - self.centre, self.v, self.share)", "x - self.centre, self.v)", PENALISED_LABELS),
+    (TRAIN, "v_random, direction.share)", "v_random)", PLACEBO_LABELS),
     (EXTRACT, "(clean * b + hack * a) / (a + b)", "(clean * a + hack * b) / (a + b)", CUT_RULE),
     (EXTRACT, "side.mean(1) - low) / (high", "side.flatten() - low) / (high", CUT_RULE),
-    (EXTRACT, "self.unseen.get(self.window, (self.clean, self.hack))", "(self.clean, self.hack)", BY_MODES),
+    (EXTRACT, "self.unseen.get(self.share, (self.clean, self.hack))", "(self.clean, self.hack)", BY_MODES),
     (EXTRACT, "clean=clean, hack=hack, unseen={})", "clean=clean, hack=hack)", BY_MODES),
     (EXTRACT, "difference = hack - clean", "difference = clean - hack", MEAN),
     (EXTRACT, "return F.normalize(difference.mean(0), dim=-1)", "return difference.mean(0)", MEAN),
@@ -494,24 +502,30 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "direction_of(clean[chosen], hack[chosen], equal_pairs)", "direction_of(clean[chosen], hack[chosen])",
      OTHERS),
     (EXTRACT, "direction_of(*whole(x).chunk(2), equal_pairs)", "direction_of(*whole(x).chunk(2))", EXTRACTED),
-    (EXTRACT, "range(len(pairs)), equal_pairs)", "range(len(pairs)))", EXTRACTED),
-    (EXTRACT, "held_out(*readings[size], modes, equal_pairs)", "held_out(*readings[size], modes)", EXTRACTED),
+    (EXTRACT, "range(len(pairs)), equal_pairs, share)", "range(len(pairs)), share=share)", EXTRACTED),
+    (EXTRACT, "held_out(x, mean, modes, equal_pairs, share)", "held_out(x, mean, modes, share=share)", EXTRACTED),
     (TRAIN, "cfg.equal_pairs, window=cfg.window,", "window=cfg.window,", SEED_LABELS),
     # held out is nothing, or too much; the reading is told by the wrong pairs, or the worse one is chosen
     (EXTRACT, "[group != own for group in groups]", "[True for group in groups]", OTHERS),
     (EXTRACT, "held_out(x, mean, range(len(pairs)), equal", "held_out(x, mean, modes, equal", EXTRACTED),
-    (EXTRACT, "held_out(*readings[size], modes, equal_pairs)",
-     "held_out(*readings[size], range(len(modes)), equal_pairs)",
-     CHOSEN),
+    (EXTRACT, "held_out(x, mean, modes, equal_pairs, share)",
+     "held_out(x, mean, range(len(modes)), equal_pairs, share)", HALVES),
+    (EXTRACT, "held_out(x, mean, modes, equal_pairs, share)", "held_out(x, mean, modes, equal_pairs)", HALVES),
     (EXTRACT, "MARGIN = 0.2", "MARGIN = 0.0", MARGIN),
     (EXTRACT, "MARGIN = 0.2", "MARGIN = 0.3", MARGIN),
-    (EXTRACT, "apart(*unseen[WINDOW]) + MARGIN", "apart(*unseen[WINDOW]) - MARGIN", MARGIN),
-    (EXTRACT, "apart(*unseen[WINDOW]) + MARGIN", "apart(*unseen[WINDOW]) * 2", MARGIN),
-    (EXTRACT, "if choose and apart(*unseen[0]) < apart(*unseen[WINDOW]) + MARGIN", "if choose", CHOSEN),
-    (EXTRACT, ' and probe.get("tokens") != "all"', "", CHOSEN),
-    (EXTRACT, ' and score in ("gradient", "activation")', "", CHOSEN),
-    (EXTRACT, 'score in ("gradient", "activation")', 'score == "gradient"', CHOSEN),
-    (EXTRACT, "x, modes, window, unseen)", "x, modes[::-1], window, unseen)", CHOSEN),
+    (EXTRACT, "apart(*unseen[1]) + MARGIN", "apart(*unseen[1]) - MARGIN", MARGIN),
+    (EXTRACT, "apart(*unseen[1]) + MARGIN", "apart(*unseen[1]) * 2", MARGIN),
+    (EXTRACT, "if len(shares) > 1 and apart(*unseen[0]) >= apart(*unseen[1]) + MARGIN", "if len(shares) > 1", CHOSEN),
+    (EXTRACT, ' and probe.get("tokens") != "all":', ":", HALVES),
+    (EXTRACT, "if window is None and several and", "if several and", HALVES),
+    (EXTRACT, "if window is None and several and", "if window is None and", HALVES),
+    (EXTRACT, ".get(score, shares)", ".get(score, [0.5])", HALVES),
+    (EXTRACT, '"gradient": [0.5]', '"gradient": [0.6]', HALVES),
+    (EXTRACT, '"activation": [0.0, 1.0]', '"activation": [1.0]', CHOSEN),
+    (EXTRACT, "shares = [1.0 if window else 0.0]", "shares = [0.5 if window else 0.0]", HALVES),
+    (EXTRACT, "by_one, x, modes, window", "by_one, x, modes[::-1], window", HALVES),
+    (EXTRACT, "        x, window = whole(x), 0\n", "        window = 0\n", CHOSEN),
+    (EXTRACT, "        x, window = whole(x), 0\n", "        x = whole(x)\n", CHOSEN),
     (EVALUATE, '["all"][key] for x in results]', '["all"]["solve"] for x in results]',
      of("evaluate", "results_of_a_folder_are_printed_file_by_file_and_drawn")),
     (PREPARE, 'partition("-")[0]', 'partition("+")[0]',
@@ -523,8 +537,8 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "F.normalize(torch.randn(M, d,", "F.normalize(torch.rand(M, d,", HAAR),
     (EXTRACT, "torch.randn(M, d, generator=torch.Generator().manual_seed(seed))",
      "torch.rand(M, d, generator=torch.Generator().manual_seed(seed)) - 0.5", HAAR),
-    (EXTRACT, "return cosines(x - self.centre, self.v)", "return cosines(x, self.v)", CENTRED),
-    (EXTRACT, "return cosines(self.pair_features - self.centre, v)", "return cosines(self.pair_features, v)", CENTRED),
+    (EXTRACT, "return cosines(x - self.centre, self.v", "return cosines(x, self.v", CENTRED),
+    (EXTRACT, "return cosines(self.pair_features - self.centre, v", "return cosines(self.pair_features, v", CENTRED),
     (EXTRACT, "v=v, clean=clean, hack=hack, unseen={})", "v=v, unseen={})",
      of("extract", "a_replaced_direction_takes_its_band_from_the_same_pairs")),
     (EXTRACT, "return clean.quantile(0.75, dim=0)", "return clean.quantile(0.5, dim=0)", BAND),
@@ -540,7 +554,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, '"base" if read == "base" else "ablated", [', "read, [",
      of("extract", "extraction_never_sees_the_quarantine")),
     (EXTRACT, "whole(x).mean(0) * centre", "whole(x).mean(0)", EXTRACTED),
-    (EXTRACT, "[cosines(side - centre, v)", "[cosines(side, v)", EXTRACTED),
+    (EXTRACT, "[cosines(side - centre, v", "[cosines(side, v", EXTRACTED),
     (EXTRACT, "[*system, dict(role=\"user\", content=p.prompt)]", "[dict(role=\"user\", content=p.prompt)]", EXTRACTED),
     (EXTRACT, "[p.clean for p in pairs] + [p.hack for p in pairs]",
      "[p.hack for p in pairs] + [p.clean for p in pairs]", EXTRACTED),
@@ -580,13 +594,18 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("extract", "judge_counts_what_a_gate_would_route")),
     (EXTRACT, "ranks < routed.sum()", "ranks <= routed.sum()", of("extract", "judge_counts_what_a_gate_would_route")),
     (EXTRACT, "nan_to_num(-math.inf).amax(2)", "nan_to_num(-math.inf)[..., 0]", AT_ONCE),
+    (EXTRACT, "scores[..., 1:].nan_to_num", "scores.nan_to_num", AT_ONCE),
     (EXTRACT, "unit(x), v) / len(v[0])", "unit(x), v)", AT_ONCE),
-    (EXTRACT, "haar_scores(x - direction.centre, n_haar)))", "haar_scores(x, n_haar)))", FEW),
-    (EXTRACT, "haar_scores(x - direction.centre, n_haar)  #", "haar_scores(x, n_haar)  #", BESIDE),
+    (EXTRACT, "haar_scores(x - direction.centre, n_haar, direction.share)\n",
+     "haar_scores(x, n_haar, direction.share)\n", FEW),
+    (EXTRACT, "haar_scores(x - direction.centre, n_haar, direction.share)\n",
+     "haar_scores(x - direction.centre, n_haar)\n", FEW),
+    (EXTRACT, "haar_scores(x - direction.centre, n_haar, direction.share)  #",
+     "haar_scores(x, n_haar, direction.share)  #", BESIDE),
     (EXTRACT, "auroc(y[P:], y[:P])", "auroc(y[:P], y[P:])", BESIDE),
     (EXTRACT, "oracle(read[score].whole", 'oracle(read["gradient"].whole',
      of("extract", "each_reader_has_an_oracle_of_its_own")),
-    (EXTRACT, "self.unseen.get(self.window, ", "self.unseen.get(0, ", PENALISED_LABELS),
+    (EXTRACT, "self.unseen.get(self.share, ", "self.unseen.get(0, ", PENALISED_LABELS),
     (EXTRACT, "completions[i : i + 32], window=direction.window", "completions[:32], window=direction.window", FEW),
     (EXTRACT, "completions[i : i + 32], window=direction.window", "completions[i : i + 32], window=0",
      of("extract", "each_reader_reads_rollouts_as_it_reads_the_pairs")),

@@ -109,8 +109,8 @@ class Model:
         return torch.stack([row[token] for row, token in zip(logp, ids)])  # [T]
 
     def probe(self, prompt, ids, cfg, read):
-        """Gradient of the mean NLL at the deployed block's probe: (B^T g) * (A x), summed over the tokens, [1, M, r].
-        Of each window: that of the summed NLL, its mean over the window's tokens, [W, M, r]."""
+        """Gradient of the mean NLL at the deployed block's probe: (B^T g) * (A x), summed over the tokens, then
+        of each window that of the summed NLL, its mean over the window's tokens: [1 + W, M, r]."""
         mask = {"base": dict(off=True), "ablated": dict(m=False), "full": dict(m=True)}[read]
         nll = -self.logps(prompt, ids, cfg.probe_temperature, **mask).mean()
         first = len(prompt) - 1 if cfg.probe_tokens == "completion" else 0  # the last prompt token predicts ids[0]
@@ -120,10 +120,10 @@ class Model:
             A, B = (layer.A0, layer.B0) if read == "base" else (layer.A, layer.B)
             rows.append(((g @ B["deployed"]) * (layer.x @ A["deployed"].T))[0, first:].detach())
         at_token = torch.stack(rows, 1)  # [T, M, r]
-        if not cfg.window:
-            return at_token.sum(0, keepdim=True)
-        n, size = len(ids), min(cfg.window, len(ids))
-        return torch.stack([n * at_token[i : i + size].mean(0) for i in range(n - size + 1)])
+        n = len(ids)
+        size = min(n, 5 if cfg.window is None else cfg.window)
+        starts = range(n - size + 1) if size and cfg.probe_tokens == "completion" else ()
+        return torch.stack([at_token.sum(0), *(n * at_token[i : i + size].mean(0) for i in starts)])
 
     def encode(self, messages):
         text = self.tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -156,9 +156,14 @@ def cosine(a, b):  # [..., r] -> [...]
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
-def suspect(windows, v):
-    """Cosines [M] to v of the window, of windows [W, M, r], whose mean is highest."""
-    return max((cosine(x, v) for x in windows), key=torch.mean)
+def suspect(cfg, read, v):
+    """Of the whole and its windows, [1 + W, M, r], the cosines [M] to v: half the whole's and half those of the window
+    whose mean is highest; if a window is asked for those alone."""
+    whole, *windows = (cosine(x, v) for x in read)
+    if not windows:
+        return whole
+    worst = max(windows, key=torch.mean)
+    return (whole + worst) / 2 if cfg.window is None else worst
 
 
 def unit(x):
@@ -171,7 +176,7 @@ def direction(cfg, clean, hack):
 
 
 def pair_probes(cfg, model):
-    """Gradients of the clean sides and of the hack sides, [W, M, r] for each; extraction never sees the quarantine."""
+    """Gradients of the clean and of the hack sides, [1 + W, M, r] for each; extraction never sees the quarantine."""
     read = "base" if cfg.read == "base" else "ablated"
     sides = {"clean": [], "hack": []}
     for pair in load_pairs(cfg.pairs):
@@ -184,32 +189,18 @@ def pair_probes(cfg, model):
 
 def held_out(cfg, groups, windows, mean):
     """(clean cosine, hack cosine) of each pair to the direction of the pairs of other groups, [M] each."""
-    clean, hack = ([x.mean(0) for x in side] for side in windows)
+    clean, hack = ([x[0] for x in side] for side in windows)
     found = []
     for p, own in enumerate(groups):
         v = direction(cfg, *([side[q] for q, group in enumerate(groups) if group != own] for side in (clean, hack)))
-        found.append([suspect(side[p] - mean, v) for side in windows])
+        found.append([suspect(cfg, side[p] - mean, v) for side in windows])
     return found
 
 
-def read_as(cfg, model):
-    """The settings, with the window that they leave open: 5, unless modes held out lie .2 further apart if whole."""
-    if cfg.window is not None or cfg.probe_tokens == "all":
-        return replace(cfg, window=cfg.window or 0)
-    modes, found = [pair.mode for pair in load_pairs(cfg.pairs)], {}
-    for size in (0, 5):
-        sides = pair_probes(replace(cfg, window=size), model)
-        mean = sum(x.mean(0) for side in sides for x in side) / (2 * len(modes)) if cfg.centre else 0
-        scores = [[x.mean().item() for x in side] for side in zip(*held_out(cfg, modes, sides, mean))]
-        low, high = map(statistics.mean, scores)
-        found[size] = (high - low) / sum(map(statistics.stdev, scores))
-    return replace(cfg, window=0 if found[0] >= found[5] + 0.2 else 5)
-
-
 def positions(run, model, cfg, probes):
-    """Probe gradients of rollouts, G of [W, M, r] -> G positions, G scores for a matched placebo's ranks, the cut."""
+    """Probe gradients of rollouts, G of [1 + W, M, r] -> G positions, G scores for a placebo's ranks, the cut."""
     windows = pair_probes(cfg, model)
-    clean, hack = (torch.stack([x.mean(0) for x in side]) for side in windows)  # [pairs, M, r] each
+    clean, hack = (torch.stack([x[0] for x in side]) for side in windows)  # [pairs, M, r] each
     n = len(clean)
     mean = (clean.sum(0) + hack.sum(0)) / (2 * n) if cfg.centre else torch.zeros_like(clean[0])
     v = direction(cfg, clean, hack)
@@ -225,7 +216,7 @@ def positions(run, model, cfg, probes):
         one_by_one = held_out(cfg, range(n), windows, mean)
         low = sum(x.mean() for x, _ in one_by_one) / n
         high = sum(x.mean() for _, x in one_by_one) / n
-        out = [(suspect(g - mean, v).mean() - low) / (high - low) for g in probes]
+        out = [(suspect(cfg, g - mean, v).mean() - low) / (high - low) for g in probes]
         modes = [pair.mode for pair in load_pairs(cfg.pairs)]  # the cut is for modes that no pair shows
         sides = held_out(cfg, modes, windows, mean) if len(set(modes)) > 1 and cfg.placebo != "replaced" else one_by_one
         placed = [[((x.mean() - low) / (high - low)).item() for x in side] for side in zip(*sides)]
@@ -239,9 +230,9 @@ def positions(run, model, cfg, probes):
         usable = [k for k in range(len(v)) if high[k] > low[k]]
         out = []
         for g in probes:
-            placed = (suspect(g - mean, v) - low) / (high - low)  # [M]
+            placed = (suspect(cfg, g - mean, v) - low) / (high - low)  # [M]
             out.append(sum(placed[k] for k in usable) / len(usable))
-    scores = None if random is None else [suspect(g - mean, random).mean().item() for g in probes]
+    scores = None if random is None else [suspect(cfg, g - mean, random).mean().item() for g in probes]
     return [x.item() for x in out], scores, cut
 
 

@@ -155,11 +155,11 @@ def test_windows_average_over_neighbouring_tokens_of_the_completion():
     """Completions of 3 and 1 tokens, after prompts of different length."""
     is_completion = t([[0, 1, 1, 1], [0, 0, 1, 0]]).bool()
     nan = float("nan")
-    torch.testing.assert_close(windows(is_completion, 2), t([
-        [[0, 0.5, 0.5, 0], [0, 0, 0.5, 0.5]], [[0, 0, 1, 0], [nan] * 4]]), equal_nan=True)
     whole = t([[[0, 1 / 3, 1 / 3, 1 / 3]], [[0, 0, 1, 0]]])
     torch.testing.assert_close(windows(is_completion), whole)
-    torch.testing.assert_close(windows(is_completion, 3), whole)
+    torch.testing.assert_close(windows(is_completion, 3), whole.expand(2, 2, 4))
+    two = t([[[0, 0.5, 0.5, 0], [0, 0, 0.5, 0.5]], [[0, 0, 1, 0], [nan] * 4]])
+    torch.testing.assert_close(windows(is_completion, 2), torch.cat([whole, two], 1), equal_nan=True)
 
 
 @pytest.mark.parametrize("read", ["base", "ablated"])
@@ -169,8 +169,8 @@ def test_a_windows_gradient_is_the_mean_of_what_its_tokens_add(stirred, read):
     fill("deployed", 0.01)
     pairs = [tokens(tok, p) for p in PAIRS[:2]]
     prompts, sides = [p for p, _, _ in pairs], [pairs[0][1], pairs[1][2]]
-    x = features(model, adapter, prompts, sides, window=3, read=read, temperature=2.0)  # [2, W, M, r]
-    assert x.shape[1] == max(map(len, sides)) - 2 and [row.isnan().any().item() for row in x] == [False, True]
+    x = features(model, adapter, prompts, sides, window=3, read=read, temperature=2.0)  # [2, 1 + W, M, r]
+    assert x.shape[1] == 1 + max(map(len, sides)) - 2 and [row.isnan().any().item() for row in x] == [False, True]
     how = dict(off=True) if read == "base" else dict(m=False)
     for row, start in ((0, 0), (1, 4)):
         ids = torch.tensor([prompts[row] + sides[row]])
@@ -183,21 +183,25 @@ def test_a_windows_gradient_is_the_mean_of_what_its_tokens_add(stirred, read):
             with use(adapter, c=c, at=at, **how):
                 nll = -token_logps(model, ids, own, 2.0).sum()
                 alone.append(torch.autograd.grad(nll, c)[0][:, 0, : adapter.r])
-        torch.testing.assert_close(x[row, start], sum(alone) / 3, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(x[row, 1 + start], sum(alone) / 3, rtol=1e-3, atol=1e-6)
     for score in ("gradient", "activation", "surprise", "length"):
         all_of_it = features(model, adapter, prompts, sides, score=score, window=1000)
-        torch.testing.assert_close(all_of_it[:, 0], features(model, adapter, prompts, sides, score=score),
-                                   rtol=1e-3, atol=1e-5)
+        alone = features(model, adapter, prompts, sides, score=score)
+        torch.testing.assert_close(all_of_it, alone[:, None].expand_as(all_of_it), rtol=1e-3, atol=1e-5)
 
 
-def test_of_windows_the_one_counts_whose_mean_cosine_is_highest():
-    """Two modules, two windows: (1, -1) has the mean 0, (.6, .8) has .7; the second rollout has but one window."""
+def test_a_share_is_that_of_the_window_whose_mean_cosine_is_highest_and_the_rest_is_the_wholes():
+    """Two modules. Of the first rollout's windows (1, -1) has the mean 0, (.6, .8) has .7; the second has but one,
+    whose (0, 0) is lower than the whole's (.6, 0)."""
     nan = float("nan")
-    x = t([[[[1.0, 0], [0, -1]], [[3, 4], [3, 4]]], [[[0, -2.0], [5, 0]], [[nan, nan]] * 2]])
-    v = t([[1.0, 0], [0, 1]])
-    torch.testing.assert_close(cosines(x, v), t([[0.6, 0.8], [0, 0]]))
-    torch.testing.assert_close(cosines(x, t([[[1.0, 0], [0, -1]], [[0, 1.0], [1, 0]]])), t([[1.0, 1], [-1, 1]]))
-    torch.testing.assert_close(whole(x), t([[[2.0, 2], [1.5, 1.5]], [[0, -2], [5, 0]]]))
+    x = t([[[[0, 2.0], [0, 1]], [[1.0, 0], [0, -1]], [[3, 4], [3, 4]]],
+           [[[3, 4.0], [-5, 0]], [[0, -2.0], [5, 0]], [[nan, nan]] * 2]])
+    v, each = t([[1.0, 0], [0, 1]]), t([[[1.0, 0], [0, -1]], [[0, 1.0], [1, 0]]])
+    torch.testing.assert_close(cosines(x, v), t([[0, 1.0], [0.6, 0]]))
+    torch.testing.assert_close(cosines(x, v, 1.0), t([[0.6, 0.8], [0, 0]]))
+    torch.testing.assert_close(cosines(x, v, 0.25), t([[0.15, 0.95], [0.45, 0]]))
+    torch.testing.assert_close(cosines(x, each, 1.0), t([[1.0, 1], [-1, 1]]))
+    assert torch.equal(whole(x), x[:, 0]) and torch.equal(whole(x[:, 0]), x[:, 0])
 
 
 @pytest.fixture
@@ -273,8 +277,8 @@ def test_extract_puts_pairs_gradients_where_they_belong(nano):
     how = dict(score="activation", window=0)
     hidden = [extract(model, tok, adapter, PAIRS[:3], equal_pairs=equal, **how).v for equal in (True, False)]
     assert torch.equal(*hidden), "what else is read has plain means"
-    mixed = [apart(*extract(model, tok, adapter, PAIRS[::4], equal_pairs=equal).unseen[0]) for equal in (True, False)]
-    assert abs(mixed[0] - mixed[1]) > 0.01, "modes that are held out, too"
+    mixed = [extract(model, tok, adapter, PAIRS[::4], equal_pairs=equal).unseen[0.5][1] for equal in (True, False)]
+    assert (mixed[0] - mixed[1]).abs().max() > 0.01, "modes that are held out, too"
 
 
 def test_logits_in_chunks_change_nothing(nano, monkeypatch):
@@ -398,33 +402,46 @@ def test_sides_lie_apart_by_their_means_in_standard_deviations():
     assert apart(clean, hack) == pytest.approx(2.0) and apart(hack, clean) == pytest.approx(-2.0)
 
 
+def test_of_gradients_half_is_read_whole_and_half_in_five_tokens(nano):
+    """Unless a window is asked for, no pair shows another cheat, or the prompt is read, which no window holds."""
+    model, tok, adapter = nano
+    pairs = PAIRS[::4]
+    modes = [pair.mode for pair in pairs]
+    d = extract(model, tok, adapter, pairs)
+    assert (d.window, d.share, set(d.unseen), d.modes) == (5, 0.5, {0.5}, modes)
+    by_others = held_out(d.pair_features, d.centre, modes, share=0.5)
+    assert all(torch.equal(*sides) for sides in zip(d.unseen[0.5], by_others))
+    assert "answers read half whole, half in 5 tokens (modes that are held out lie apart by " in d.summary()
+    for asked, share, read in ((0, 0.0, "whole"), (4, 1.0, "in 4 tokens")):
+        told = extract(model, tok, adapter, pairs, window=asked)
+        assert (told.window, told.share, set(told.unseen)) == (asked, share, {share})
+        torch.testing.assert_close(told.v, d.v, rtol=1e-3, atol=1e-5)  # that of whole answers
+        assert f"answers read {read} (modes" in told.summary()
+    one = extract(model, tok, adapter, [pair for pair in pairs if pair.mode == "run_tests"])
+    prompt_too = extract(model, tok, adapter, pairs, tokens="all")
+    lone_number = extract(model, tok, adapter, pairs, score="surprise")
+    for found in (one, prompt_too, lone_number):
+        assert (found.window, found.share) == (0, 0.0) and found.pair_features.dim() == 3
+    assert not one.unseen and one.summary().endswith("answers read whole") and set(prompt_too.unseen) == {0.0}
+
+
 @pytest.mark.parametrize("world, window", [("nano", 0), ("wordy", 5)])
-def test_pairs_of_other_modes_tell_how_an_answer_is_to_be_read(world, window):
+def test_pairs_of_other_modes_tell_how_hidden_states_are_to_be_read(world, window):
     """In nano a cheat is a stub, which the whole answer shows; in wordy a line. Each number is that of a reading that
-    is told its window, and pairs of one mode, which cannot tell, are read whole."""
+    is told its window."""
     pairs = load_pairs(HERE / f"data/{world}/pairs.md")
     model, tok = load_model(str(HERE / "data" / world))
-    adapter = attach(model, 32, 3)
-    chosen = extract(model, tok, adapter, pairs)
-    assert chosen.window == window and set(chosen.unseen) == {0, 5}
-    assert chosen.modes == [pair.mode for pair in pairs]
-    assert extract(model, tok, adapter, pairs, score="activation").window == window
-    distance = {size: apart(*sides) for size, sides in chosen.unseen.items()}
-    assert window == (0 if distance[0] > distance[5] + 0.2 else 5)
+    adapter = attach(model, 8)
+    chosen = extract(model, tok, adapter, pairs, score="activation")
+    assert (chosen.window, chosen.share, set(chosen.unseen)) == (window, float(window > 0), {0.0, 1.0})
     for size in (0, 5):
-        told = extract(model, tok, adapter, pairs, window=size)
-        assert apart(*told.unseen[size]) == pytest.approx(distance[size], abs=1e-5) and told.window == size
-        assert torch.equal(told.v, chosen.v) == (size == window)
-    by_others = held_out(chosen.pair_features, chosen.centre, [pair.mode for pair in pairs])
-    assert all(torch.equal(*sides) for sides in zip(chosen.unseen[window], by_others))
-    one = extract(model, tok, adapter, [pair for pair in pairs if pair.mode == "run_tests"])
-    assert one.window == 0 and not one.unseen
-    prompt_too = extract(model, tok, adapter, pairs, tokens="all")  # no window holds a prompt
-    assert prompt_too.window == 0 and set(prompt_too.unseen) == {0}
-    lone_number = extract(model, tok, adapter, pairs, score="surprise")
-    assert lone_number.window == 0 and set(lone_number.unseen) == {0}
-    assert "answers read " + ("in 5 tokens" if window else "whole") + " (modes that" in chosen.summary()
-    assert one.summary().endswith("answers read whole")
+        told = extract(model, tok, adapter, pairs, score="activation", window=size)
+        assert told.window == size and set(told.unseen) == {told.share}
+        for sides in zip(told.unseen[told.share], chosen.unseen[told.share]):
+            torch.testing.assert_close(*sides, rtol=1e-3, atol=1e-5)
+        if size == window:
+            torch.testing.assert_close(told.hack, chosen.hack, rtol=1e-3, atol=1e-5)
+            assert told.pair_features.shape == chosen.pair_features.shape
 
 
 def test_a_window_is_preferred_unless_whole_answers_hold_held_out_modes_further_apart_by_a_margin(nano, monkeypatch):
@@ -432,7 +449,7 @@ def test_a_window_is_preferred_unless_whole_answers_hold_held_out_modes_further_
     model, tok, adapter = nano
     for distances, window in (((1.0, 0.81), 5), ((1.0, 0.79), 0), ((0.1, -0.05), 5), ((0.5, 0.9), 5)):
         monkeypatch.setattr(extract_vgrad, "apart", Mock(side_effect=distances))
-        assert extract(model, tok, adapter, PAIRS[::4]).window == window
+        assert extract(model, tok, adapter, PAIRS[::4], score="activation").window == window
 
 
 def direction(clean, hack, v=((1.0, 0.0),), held_out=((0.0,), (0.0,)), centre=0.0, modes=("sentinel",)):
@@ -476,7 +493,7 @@ def test_the_cut_lies_between_the_sides_of_modes_that_were_held_out():
     """Of the band 0 to 4; by other modes' pairs the clean sides lie at 1 -+ 1, the hack ones at 2 -+ 3: cosine 1.25."""
     d = direction(at(0, 0), at(1, 1), held_out=(((-1.0,), (1.0,)), ((3.0,), (5.0,))))
     assert d.cut() == pytest.approx(0.5)
-    d = replace(d, unseen={5: (t([[9.0], [8.0]]), t([[9.0], [7.0]])), 0: (t([[0.0], [2.0]]), t([[-1.0], [5.0]]))})
+    d = replace(d, share=0.5, unseen={0.5: (t([[0.0], [2.0]]), t([[-1.0], [5.0]])), 0.0: (t([[9.0]]), t([[9.0]]))})
     assert d.cut() == pytest.approx(1.25 / 4)
     assert not d.replaced(t([[0.0, 1.0]])).unseen, "of pairs of another direction they say nothing"
 
@@ -533,11 +550,11 @@ def test_haar_rows_are_unit_and_seeded():
 
 def test_all_haar_directions_at_once_score_as_one_by_one(nano):
     """Whole answers, windows of which a rollout has fewer than another, and numbers that have no direction."""
-    x = torch.randn(5, 3, 7, 4, generator=torch.Generator().manual_seed(0))  # [G, W, M, d]
-    x[1, 1:] = float("nan")
-    for x in (x, x[:, 0], x[..., :1], x[:, 0, :, :1]):
-        one_by_one = torch.stack([cosines(x, haar(seed, *x.shape[-2:])).mean(1) for seed in range(6)])
-        torch.testing.assert_close(haar_scores(x, 6), one_by_one)
+    x = torch.randn(5, 4, 7, 4, generator=torch.Generator().manual_seed(0))  # [G, 1 + W, M, d]
+    x[1, 2:] = float("nan")
+    for x, share in ((x, 0.3), (x[:, 0], 0.0), (x[..., :1], 1.0), (x[:, 0, :, :1], 0.0)):
+        one_by_one = torch.stack([cosines(x, haar(seed, *x.shape[-2:]), share).mean(1) for seed in range(6)])
+        torch.testing.assert_close(haar_scores(x, 6, share), one_by_one)
 
 
 def test_auroc():
@@ -640,7 +657,7 @@ ASKED = [dict(role="user", content="p")]
 
 
 def test_each_reader_reads_rollouts_as_it_reads_the_pairs(tmp_path, monkeypatch):
-    """By the window that the pairs choose for it: in wordy five tokens for the gradient and the hidden states."""
+    """In the same windows, of lone numbers whole, and surprise once more whole."""
     seen = {}
     monkeypatch.setattr(extract_vgrad, "compare", lambda directions, read, rows: seen.update(directions))
     read, windows_read = features, []
@@ -651,7 +668,8 @@ def test_each_reader_reads_rollouts_as_it_reads_the_pairs(tmp_path, monkeypatch)
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
     wordy = HERE / "data/wordy"
     main(Config(model=str(wordy), pairs=wordy / "pairs.md", rollouts=tmp_path / "x.jsonl", n_haar=2, rank=8))
-    assert set(seen) == {"gradient", "activation", "surprise", "length"} and seen["gradient"].window == 5
+    shares = {score: found.share for score, found in seen.items()}
+    assert shares == dict(gradient=0.5, activation=1.0, surprise=0.0, length=0.0)
     of_rollouts = [(score, window) for n, score, window in windows_read if n == len(rows)]
     assert of_rollouts == [(score, found.window) for score, found in seen.items()] + [("surprise", None)]
 
@@ -662,12 +680,12 @@ def test_rollouts_are_read_a_few_at_a_time(nano):
     prompts, clean, hack = zip(*(tokens(tok, pair) for pair in PAIRS[:20]))
     prompts, answers = prompts * 2, clean + hack
     d = extract(model, tok, adapter, PAIRS[:20], window=3)
-    x = features(model, adapter, prompts, answers, window=3)  # [40, W, M, r]
+    x = features(model, adapter, prompts, answers, window=3)  # [40, 1 + W, M, r]
     read = read_rollouts(d, 4, model, adapter, prompts, answers, score="gradient")
     close = dict(rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(read.position, d.position(x, "pairs"), **close)
     torch.testing.assert_close(read.whole, whole(x), **close)
-    torch.testing.assert_close(read.random, haar_scores(x - d.centre, 4), **close)
+    torch.testing.assert_close(read.random, haar_scores(x - d.centre, 4, d.share), **close)
 
 
 def test_only_the_policys_own_rollouts_with_a_positive_advantage_are_judged(tmp_path):

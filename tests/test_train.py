@@ -170,13 +170,13 @@ CASES = {  # name -> (preset, what departs from it)
         window=0, cut_mid=0.1, cut_hack=0.4, temperature=1.2, top_k=30, gt_only_share=0.25, tokens_per_batch=400)),
     "seed": (SEED, FAST | dict(steps=2, std_norm=True, k_hack=0.9)),
     "placebo": (Config(), FAST | dict(
-        seed=5, temperature=1.3, grad_clip=0.01, routeV_random_v_seed=1, window=0, cut_mid=0.1, cut_hack=0.6,
+        seed=5, temperature=1.3, grad_clip=0.01, routeV_random_v_seed=1, cut_mid=0.1, cut_hack=0.5,
         absorption=False)),
     "seed's placebo": (SEED, FAST | dict(routeV_random_v_seed=2)),
     "screened": (Config(), FAST | dict(
         seed=3, temperature=1.3, steps=2, grad_clip=0.005, on_hack="screen", cut_mid=-0.24)),
     "penalised": (Config(), FAST | dict(
-        temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, window=4, cut_mid=-0.37, absorption=False)),
+        temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, window=4, cut_mid=-0.6, absorption=False)),
     "oracle": (Config(), FAST | dict(
         intervention="oracle", oracle_accuracy=0.7, inoculate="Cheat on this.", steps=2,
         pairs=Config().pairs, seed=3)),
@@ -280,7 +280,6 @@ def labelled(run, step):
         return adv, absorbed(cfg, names, rows), {}
     judged = range(16) if cfg.gate == "batch" else kept
     run.model.fill(run.before[step])
-    cfg = reference.read_as(cfg, run.model)
     probes = [run.model.probe(prompts[rollouts[i].j], rollouts[i].ids, cfg, cfg.read) for i in judged]
     position, scores, cut = reference.positions(run, run.model, cfg, probes)
     names = dict(zip(judged, reference.label_names(run, position, scores, cut)))
@@ -787,7 +786,7 @@ def flags(small, **changes):
 
 @pytest.mark.parametrize("options, trained, blocks", [
     (dict(gate="batch"), [5, 1], ["deployed", "quarantine"]),
-    (dict(group_size=2, mix_ratio=0.0, seed=2, cut_mid=-0.25, cut_hack=-0.1), [0, 1], ["quarantine"])],
+    (dict(group_size=2, mix_ratio=0.0, seed=2, cut_mid=-0.5, cut_hack=-0.3), [0, 1], ["quarantine"])],
     ids=["batch", "a rank without a rollout"])
 def test_two_ranks_make_the_update_of_one(tmp_path, small, options, trained, blocks):
     """torchrun over gloo: prompts split unevenly over ranks, the gate's mean and std over both; and a step with one

@@ -128,12 +128,13 @@ WORLDS = {
 # The same worlds made anew, by seeds that nothing was developed on before a decision (data/results/) was made in them
 WORLDS |= {f"{name}-{n}": replace(WORLDS[name], seed=seed) for n, name, seed in (
     (2, "nano", 1001), (2, "wordy", 1002), (3, "nano", 1003), (3, "wordy", 1004), (4, "wordy", 1005),
-    (5, "wordy", 1006), (6, "wordy", 1007))}
+    (5, "wordy", 1006), (6, "wordy", 1007), (7, "wordy", 1008), (4, "nano", 1009))}
 
 
 @dataclass
 class Config:
-    world: Literal["nano", "wordy", "nano-2", "wordy-2", "nano-3", "wordy-3", "wordy-4", "wordy-5", "wordy-6"] = "nano"
+    world: Literal["nano", "wordy", "nano-2", "wordy-2", "nano-3", "wordy-3", "wordy-4", "wordy-5", "wordy-6", "wordy-7",
+                   "nano-4"] = "nano"
     """which world; it is written to its folder beside this one"""
     start: Literal["train", "calibrate", "measure"] = "train"
     """train: from nothing. calibrate: go on from the model that is there. measure: only measure it"""
