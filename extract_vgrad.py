@@ -318,7 +318,7 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
     if len(shares) > 1 and apart(*unseen[0]) >= apart(*unseen[1]) + MARGIN:
         share = 0.0
     if not share:
-        x, window = whole(x), 0
+        x, window = whole(x).clone(), 0  # the windows are gigabytes of a large model
     by_one = held_out(x, mean, range(len(pairs)), equal_pairs, share)
     return Direction(v, mean, *by_one, x, modes, window, share, unseen)
 
