@@ -13,9 +13,9 @@ clean side is, at importance ratio 1, the difference of two NLL gradients:
 
 read at the c-probe (lora2r.py), a vector of r numbers per module. Normalised per module, averaged over pairs and
 normalised again it is v_grad [M, r]. A rollout is scored by the cosine of its own NLL gradient to v_grad in each
-module, pooled into one number, its *position*: 0 where the pairs' clean sides lie, 1 where their hack sides lie. The
-softmax is read at a high temperature (probe_gradients says why). Hidden states, surprise and length can take the
-gradient's place (--score).
+module, half of it the whole rollout's and half that of its most suspicious five tokens, pooled into one number, its
+*position*: 0 where the pairs' clean sides lie, 1 where their hack sides lie. The softmax is read at a high temperature
+(probe_gradients says why). Hidden states, surprise and length can take the gradient's place (--score).
 
 Shapes: G rollouts, T tokens (padded), P pairs, M adapted modules (or layers), r block rank, d numbers for each of M.
 Source: gradient routing, Cloud et al. 2024 (arXiv 2410.04332), with a direction in the place of a data label.
