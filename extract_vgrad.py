@@ -307,8 +307,7 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
     equal_pairs = equal_pairs and score == "gradient"
     shares = [1.0 if window else 0.0]
     if window is None and several and probe.get("tokens") != "all":  # no window holds a prompt
-        shares = {"gradient": [0.5], "activation": [0.0, 1.0]}.get(score, shares)
-        window = WINDOW if shares[-1] else 0
+        shares, window = {"gradient": [0.5], "activation": [0.0, 1.0]}.get(score, shares), WINDOW
     x = features(model, adapter, prompts * 2, sides, budget, score, window or 0, read=read, **probe)
     mean, v = whole(x).mean(0) * centre, direction_of(*whole(x).chunk(2), equal_pairs)
     if not v.any() or not v.isfinite().all():

@@ -493,6 +493,8 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "side.mean(1) - low) / (high", "side.flatten() - low) / (high", CUT_RULE),
     (EXTRACT, "self.unseen.get(self.share, (self.clean, self.hack))", "(self.clean, self.hack)", BY_MODES),
     (EXTRACT, "clean=clean, hack=hack, unseen={})", "clean=clean, hack=hack)", BY_MODES),
+    (EXTRACT, "clean=clean, hack=hack, unseen={})", "clean=clean, hack=hack, share=0.0, unseen={})",
+     of("extract", "a_replaced_direction_takes_its_band_from_the_same_pairs")),
     (EXTRACT, "difference = hack - clean", "difference = clean - hack", MEAN),
     (EXTRACT, "return F.normalize(difference.mean(0), dim=-1)", "return difference.mean(0)", MEAN),
     (EXTRACT, "return F.normalize(difference.mean(0), dim=-1)",

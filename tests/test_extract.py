@@ -531,7 +531,9 @@ def test_gradients_are_centred_before_their_cosine():
 def test_a_replaced_direction_takes_its_band_from_the_same_pairs():
     """A placebo: cosines of the clean and of the hack sides to the other v, not those to v_grad."""
     real = direction([[[3.0, 4.0]], [[4.0, 3.0]]], [[[0.0, 1.0]], [[1.0, 0.0]]], held_out=(((0.0,), (0.0,)),) * 2)
+    real = replace(real, window=5, share=0.5)
     placebo = real.replaced(t([[0.0, 1.0]]))
+    assert (placebo.window, placebo.share) == (5, 0.5), "it reads as v_grad does"
     torch.testing.assert_close(placebo.v, t([[0.0, 1.0]]))
     torch.testing.assert_close(placebo.clean, t([[0.8], [0.6]]))
     torch.testing.assert_close(placebo.hack, t([[1.0], [0.0]]))
