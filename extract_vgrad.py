@@ -44,14 +44,15 @@ def windows(is_completion: Tensor, size: int = 0) -> Tensor:
     the whole completion, then over each of W windows: `size` neighbouring tokens, or the whole of one that is shorter.
     size 0: W = 0. A rollout with fewer windows than others has NaN in its last rows."""
     n, first = is_completion.sum(1), is_completion.int().argmax(1)  # [g] each
-    whole = (is_completion / n[:, None])[:, None]  # [g, 1, T]
+    everything = (is_completion / n[:, None])[:, None]  # [g, 1, T]
     if not size:
-        return whole
+        return everything
     size = n.clamp(max=size)  # [g]
     start = torch.arange(int((n - size).max()) + 1, device=n.device)  # [W]
     t = torch.arange(is_completion.shape[1], device=n.device) - first[:, None, None] - start[:, None]  # [g, W, T]
     weights = ((t >= 0) & (t < size[:, None, None])) / size[:, None, None]  # [g, W, T]
-    return torch.cat([whole, weights.masked_fill((start > (n - size)[:, None])[..., None], math.nan)], 1)
+    weights = weights.masked_fill((start > (n - size)[:, None])[..., None], math.nan)
+    return torch.cat([everything, weights], 1)
 
 
 def features(model, adapter: Adapter, prompts: list[list[int]], completions: list[list[int]], budget: int = 4096,

@@ -413,8 +413,8 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
             position[judged] = torch.tensor(gather(direction.position(x, cfg.gate).tolist()))
             label[judged] = gate(position[judged], direction.cut(), cfg)
             if placebo and cfg.placebo != "replaced":
-                random = cosines(x - direction.centre, v_random, direction.share)  # [this rank's, M]
-                position[judged] = torch.tensor(gather(random.mean(1).tolist()))
+                other = cosines(x - direction.centre, v_random, direction.share)  # [this rank's, M]
+                position[judged] = torch.tensor(gather(other.mean(1).tolist()))
                 if cfg.placebo == "coin":
                     position[judged] = torch.rand(G, generator=lot)[judged]
                 label[judged] = match_shares(label[judged], position[judged])

@@ -600,6 +600,8 @@ def test_report_sets_random_directions_beside_the_pairs(capsys):
     clean, hack = torch.randn(2, 4, 1, 2, generator=torch.Generator().manual_seed(0)) * 0.4
     d = direction((clean + t([0.5, 0.0])).tolist(), (hack + t([1.0, 0.0])).tolist(),
                   held_out=(((0.0,), (0.1,)) * 2, ((0.8,), (0.9,)) * 2), centre=0.7, modes=["sentinel"] * 4)
+    windows = torch.stack([d.pair_features, d.pair_features.roll(1, 0), d.pair_features.roll(3, 0)], 1)  # [8, 3, 1, 2]
+    d = replace(d, pair_features=windows, window=5, share=0.5)
     report(d, [Pair(f"{n}", "sentinel", "", "", "") for n in range(4)], ["q_proj"], n_haar=9)
     line = next(line for line in capsys.readouterr().out.splitlines() if "Haar" in line)
     scores = [d.cosines_to(haar(seed, 1, 2)).mean(1) for seed in range(9)]
@@ -677,12 +679,13 @@ def test_each_reader_reads_rollouts_as_it_reads_the_pairs(tmp_path, monkeypatch)
 
 
 def test_rollouts_are_read_a_few_at_a_time(nano):
-    """Of 40 their positions, whole features and random scores are those of all at once, in order."""
+    """Of 44 their positions, whole features and random scores are those of all at once, in order."""
     model, tok, adapter = nano
-    prompts, clean, hack = zip(*(tokens(tok, pair) for pair in PAIRS[:20]))
+    prompts, clean, hack = zip(*(tokens(tok, pair) for pair in PAIRS[::2]))
     prompts, answers = prompts * 2, clean + hack
-    d = extract(model, tok, adapter, PAIRS[:20], window=3)
-    x = features(model, adapter, prompts, answers, window=3)  # [40, 1 + W, M, r]
+    d = extract(model, tok, adapter, PAIRS[::2])
+    x = features(model, adapter, prompts, answers, window=5)  # [44, 1 + W, M, r]
+    assert d.share == 0.5
     read = read_rollouts(d, 4, model, adapter, prompts, answers, score="gradient")
     close = dict(rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(read.position, d.position(x, "pairs"), **close)

@@ -133,8 +133,7 @@ WORLDS |= {f"{name}-{n}": replace(WORLDS[name], seed=seed) for n, name, seed in 
 
 @dataclass
 class Config:
-    world: Literal["nano", "wordy", "nano-2", "wordy-2", "nano-3", "wordy-3", "wordy-4", "wordy-5", "wordy-6", "wordy-7",
-                   "nano-4"] = "nano"
+    world: Literal[tuple(WORLDS)] = "nano"
     """which world; it is written to its folder beside this one"""
     start: Literal["train", "calibrate", "measure"] = "train"
     """train: from nothing. calibrate: go on from the model that is there. measure: only measure it"""
