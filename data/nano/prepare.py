@@ -128,7 +128,8 @@ WORLDS = {
 # The same worlds made anew, by seeds that nothing was developed on before a decision (data/results/) was made in them
 WORLDS |= {f"{name}-{n}": replace(WORLDS[name], seed=seed) for n, name, seed in (
     (2, "nano", 1001), (2, "wordy", 1002), (3, "nano", 1003), (3, "wordy", 1004), (4, "wordy", 1005),
-    (5, "wordy", 1006), (6, "wordy", 1007), (7, "wordy", 1008), (4, "nano", 1009))}
+    (5, "wordy", 1006), (6, "wordy", 1007), (7, "wordy", 1008), (4, "nano", 1009), (5, "nano", 1010),
+    (8, "wordy", 1011))}
 
 
 @dataclass
