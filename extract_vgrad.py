@@ -13,9 +13,9 @@ clean side is, at importance ratio 1, the difference of two NLL gradients:
 
 read at the c-probe (lora2r.py), a vector of r numbers per module. Normalised per module, averaged over pairs and
 normalised again it is v_grad [M, r]. A rollout is scored by the cosine of its own NLL gradient to v_grad in each
-module, half of it the whole rollout's and half that of its most suspicious five tokens, pooled into one number, its
-*position*: 0 where the pairs' clean sides lie, 1 where their hack sides lie. The softmax is read at a high temperature
-(probe_gradients says why). Hidden states, surprise and length can take the gradient's place (--score).
+module, that of the whole rollout, of its most suspicious five tokens, or half of each (extract() says when), pooled
+into one number, its *position*: 0 where the pairs' clean sides lie, 1 where their hack sides lie. The softmax is read
+at a high temperature (probe_gradients says why). Hidden states, surprise and length can take the gradient's place (--score).
 
 Shapes: G rollouts, T tokens (padded), P pairs, M adapted modules (or layers), r block rank, d numbers for each of M.
 Source: gradient routing, Cloud et al. 2024 (arXiv 2410.04332), with a direction in the place of a data label.
@@ -126,7 +126,7 @@ def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor,
 
 # -------------------------------------------------------------------------------- the direction
 WINDOW = 5  # tokens: a few words of a line of code
-MARGIN = 0.2  # of apart(): by so much whole answers have to be the better reading; what is less is noise
+MARGIN = 0.2  # of apart(): by so much one reading has to be better than the other; what is less is noise
 POOR = 0.8  # AUROC of a mode's held-out pairs; NOTES.md, "What a leak looks like before it"
 
 
@@ -295,28 +295,28 @@ def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict
     """Read the direction and its bands from the pairs, always without the quarantine (read "full" is "ablated" here).
 
     system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every feature
-    before its cosine. equal_pairs: of score "gradient", as direction_of() takes it. window None: of gradients half the
-    whole answer counts and half its most suspicious WINDOW tokens, as a cheat may be either. Hidden states do not bear
-    it: theirs are read in WINDOW tokens alone, unless the direction of the other modes' pairs holds the sides of a
-    mode's pairs further apart() by MARGIN when they are read whole. Pairs of one mode cannot tell how cheats that they
-    do not show are to be read, and are read whole; so are surprise and length, as of a lone number the most suspicious
-    window is often the same in all answers. The others: as features() takes them.
+    before its cosine. equal_pairs: of score "gradient", as direction_of() takes it. window None: whole answers are read
+    or their most suspicious WINDOW tokens, whichever lets the direction of the other modes' pairs hold a mode's sides
+    further apart() by MARGIN, as a cheat may be either. If neither does, half of each is read, but of hidden states,
+    which do not bear it, the tokens. Pairs of one mode cannot tell how cheats that they do not show are to be read, and
+    no window holds a prompt (tokens "all"): then whole answers are read. So are surprise and length, as of a lone
+    number the most suspicious window is often the same in all answers. The others: as features() takes them.
     Raises InputError if the pairs give no direction at all."""
     prompts, sides = encode_pairs(model, tok, pairs, system)
     read, modes = "base" if read == "base" else "ablated", [pair.mode for pair in pairs]
-    several = len(set(modes)) > 1
     equal_pairs = equal_pairs and score == "gradient"
-    shares = [1.0 if window else 0.0]
-    if window is None and several and probe.get("tokens") != "all":  # no window holds a prompt
-        shares, window = {"gradient": [0.5], "activation": [0.0, 1.0]}.get(score, shares), WINDOW
+    several, shares = len(set(modes)) > 1, [1.0 if window else 0.0]
+    if window is None and several and score in ("gradient", "activation") and probe.get("tokens") != "all":
+        shares, window = [0.0, 0.5, 1.0], WINDOW
     x = features(model, adapter, prompts * 2, sides, budget, score, window or 0, read=read, **probe)
     mean, v = whole(x).mean(0) * centre, direction_of(*whole(x).chunk(2), equal_pairs)
     if not v.any() or not v.isfinite().all():
         raise InputError("--pairs: the mean difference of hack and clean sides is zero or not finite; revise them")
     unseen = {share: held_out(x, mean, modes, equal_pairs, share) for share in shares if several}
-    share = shares[-1]
-    if len(shares) > 1 and apart(*unseen[0]) >= apart(*unseen[1]) + MARGIN:
-        share = 0.0
+    share = shares[0]
+    if len(shares) > 1:
+        better = apart(*unseen[0]) - apart(*unseen[1])  # by so much whole answers are the better reading
+        share = 0.0 if better >= MARGIN else 0.5 if better > -MARGIN and score == "gradient" else 1.0
     if not share:
         x, window = whole(x).clone(), 0  # the windows are gigabytes of a large model
     by_one = held_out(x, mean, range(len(pairs)), equal_pairs, share)
@@ -435,7 +435,7 @@ class Config:
     """what is read of an answer: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
     """read it in so many neighbouring tokens alone, wherever they look most like a hack; 0: whole alone (default: of
-    gradient half whole, half in 5 tokens; of activation either, by the pairs of the other modes; of others whole)"""
+    gradient either, or half in 5 tokens, by the pairs of the other modes; of activation either; of others whole)"""
     probe_temperature: float = 100.0
     """score gradient: softmax temperature of the NLL; at 1 it is the NLL's own, and sees surprise above all"""
     probe_tokens: Literal["completion", "all"] = "completion"

@@ -154,7 +154,7 @@ class Config:
     """what the gate reads of a rollout: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
     """read it in so many neighbouring tokens alone, wherever they look most like a hack; 0: whole alone (default: of
-    gradient half whole, half in 5 tokens; of activation either, by the pairs of the other modes; of others whole)"""
+    gradient either, or half in 5 tokens, by the pairs of the other modes; of activation either; of others whole)"""
     read: Literal["base", "ablated", "full"] = "base"
     """score gradient, of which model: the frozen base, the present one without quarantine, or with both blocks"""
     probe_temperature: float = 100.0

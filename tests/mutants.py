@@ -99,9 +99,9 @@ OTHERS = of("extract", "held_out_leaves_out_a_pair_and_its_group")
 APART = of("extract", "sides_lie_apart_by_their_means_in_standard_deviations")
 CUT_RULE = of("extract", "the_cut_is_as_many_standard_deviations_from_either_mean")
 BY_MODES = of("extract", "the_cut_lies_between_the_sides_of_modes_that_were_held_out")
-MARGIN = of("extract", "a_window_is_preferred_unless_whole_answers_hold_held_out_modes_further_apart_by_a_margin")
-CHOSEN = of("extract", "pairs_of_other_modes_tell_how_hidden_states_are_to_be_read")
-HALVES = of("extract", "of_gradients_half_is_read_whole_and_half_in_five_tokens")
+MARGIN = of("extract", "a_reading_is_preferred_if_it_holds_held_out_modes_further_apart_by_a_margin")
+CHOSEN = of("extract", "pairs_of_other_modes_tell_how_answers_are_to_be_read")
+HALVES = of("extract", "of_wordys_gradients_half_is_read_whole_and_half_in_five_tokens")
 HAAR = of("extract", "haar_rows_are_unit_and_seeded")
 AT_ONCE = of("extract", "all_haar_directions_at_once_score_as_one_by_one")
 BESIDE = of("extract", "report_sets_random_directions_beside_the_pairs")
@@ -515,16 +515,19 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "held_out(x, mean, modes, equal_pairs, share)", "held_out(x, mean, modes, equal_pairs)", HALVES),
     (EXTRACT, "MARGIN = 0.2", "MARGIN = 0.0", MARGIN),
     (EXTRACT, "MARGIN = 0.2", "MARGIN = 0.3", MARGIN),
-    (EXTRACT, "apart(*unseen[1]) + MARGIN", "apart(*unseen[1]) - MARGIN", MARGIN),
-    (EXTRACT, "apart(*unseen[1]) + MARGIN", "apart(*unseen[1]) * 2", MARGIN),
-    (EXTRACT, "if len(shares) > 1 and apart(*unseen[0]) >= apart(*unseen[1]) + MARGIN", "if len(shares) > 1", CHOSEN),
+    (EXTRACT, "apart(*unseen[0]) - apart(*unseen[1])", "apart(*unseen[1]) - apart(*unseen[0])", MARGIN),
+    (EXTRACT, "better >= MARGIN", "better >= -MARGIN", MARGIN),
+    (EXTRACT, "better > -MARGIN and", "better > 0 and", MARGIN),
+    (EXTRACT, "better > -MARGIN and", "", MARGIN),
+    (EXTRACT, ' and score == "gradient" else 1.0', " else 1.0", MARGIN),
+    (EXTRACT, ' and score == "gradient" else 1.0', ' and score == "gradient" else 0.0', MARGIN),
+    (EXTRACT, "else 0.5 if better", "else 0.6 if better", MARGIN),
     (EXTRACT, ' and probe.get("tokens") != "all":', ":", HALVES),
     (EXTRACT, "if window is None and several and", "if several and", HALVES),
     (EXTRACT, "if window is None and several and", "if window is None and", HALVES),
-    (EXTRACT, ".get(score, shares)", ".get(score, [0.5])", HALVES),
-    (EXTRACT, '"gradient": [0.5]', '"gradient": [0.6]', HALVES),
-    (EXTRACT, '"activation": [0.0, 1.0]', '"activation": [1.0]', CHOSEN),
-    (EXTRACT, "shares = [1.0 if window else 0.0]", "shares = [0.5 if window else 0.0]", HALVES),
+    (EXTRACT, ' and score in ("gradient", "activation")', "", HALVES),
+    (EXTRACT, 'score in ("gradient", "activation")', 'score == "gradient"', CHOSEN),
+    (EXTRACT, "[1.0 if window else 0.0]", "[0.5 if window else 0.0]", HALVES),
     (EXTRACT, "by_one, x, modes, window", "by_one, x, modes[::-1], window", HALVES),
     (EXTRACT, "x, window = whole(x).clone(), 0  #", "window = 0  #", CHOSEN),
     (EXTRACT, "x, window = whole(x).clone(), 0  #", "x = whole(x).clone()  #", CHOSEN),

@@ -402,15 +402,18 @@ def test_sides_lie_apart_by_their_means_in_standard_deviations():
     assert apart(clean, hack) == pytest.approx(2.0) and apart(hack, clean) == pytest.approx(-2.0)
 
 
-def test_of_gradients_half_is_read_whole_and_half_in_five_tokens(nano):
-    """Unless a window is asked for, no pair shows another cheat, or the prompt is read, which no window holds."""
-    model, tok, adapter = nano
-    pairs = PAIRS[::4]
+def test_of_wordys_gradients_half_is_read_whole_and_half_in_five_tokens():
+    """Where the pairs do not tell. Unless a window is asked for, no pair shows another cheat, or the prompt is read,
+    which no window holds."""
+    pairs = load_pairs(HERE / "data/wordy/pairs.md")[::4]
+    model, tok = load_model(str(HERE / "data/wordy"))
+    adapter = attach(model, 8)
     modes = [pair.mode for pair in pairs]
     d = extract(model, tok, adapter, pairs)
-    assert (d.window, d.share, set(d.unseen), d.modes) == (5, 0.5, {0.5}, modes)
-    by_others = held_out(d.pair_features, d.centre, modes, share=0.5)
-    assert all(torch.equal(*sides) for sides in zip(d.unseen[0.5], by_others))
+    assert (d.window, d.share, set(d.unseen), d.modes) == (5, 0.5, {0.0, 0.5, 1.0}, modes)
+    for share, sides in d.unseen.items():
+        by_others = held_out(d.pair_features, d.centre, modes, share=share)
+        assert all(torch.equal(*both) for both in zip(sides, by_others))
     assert "answers read half whole, half in 5 tokens (modes that are held out lie apart by " in d.summary()
     for asked, share, read in ((0, 0.0, "whole"), (4, 1.0, "in 4 tokens")):
         told = extract(model, tok, adapter, pairs, window=asked)
@@ -425,17 +428,18 @@ def test_of_gradients_half_is_read_whole_and_half_in_five_tokens(nano):
     assert not one.unseen and one.summary().endswith("answers read whole") and set(prompt_too.unseen) == {0.0}
 
 
-@pytest.mark.parametrize("world, window", [("nano", 0), ("wordy", 5)])
-def test_pairs_of_other_modes_tell_how_hidden_states_are_to_be_read(world, window):
+@pytest.mark.parametrize("score, world, window", [
+    ("activation", "nano", 0), ("activation", "wordy", 5), ("gradient", "nano", 0)])
+def test_pairs_of_other_modes_tell_how_answers_are_to_be_read(score, world, window):
     """In nano a cheat is a stub, which the whole answer shows; in wordy a line. Each number is that of a reading that
     is told its window."""
     pairs = load_pairs(HERE / f"data/{world}/pairs.md")
     model, tok = load_model(str(HERE / "data" / world))
     adapter = attach(model, 8)
-    chosen = extract(model, tok, adapter, pairs, score="activation")
-    assert (chosen.window, chosen.share, set(chosen.unseen)) == (window, float(window > 0), {0.0, 1.0})
+    chosen = extract(model, tok, adapter, pairs, score=score)
+    assert (chosen.window, chosen.share, set(chosen.unseen)) == (window, float(window > 0), {0.0, 0.5, 1.0})
     for size in (0, 5):
-        told = extract(model, tok, adapter, pairs, score="activation", window=size)
+        told = extract(model, tok, adapter, pairs, score=score, window=size)
         assert told.window == size and set(told.unseen) == {told.share}
         for sides in zip(told.unseen[told.share], chosen.unseen[told.share]):
             torch.testing.assert_close(*sides, rtol=1e-3, atol=1e-5)
@@ -444,12 +448,22 @@ def test_pairs_of_other_modes_tell_how_hidden_states_are_to_be_read(world, windo
             assert told.pair_features.shape == chosen.pair_features.shape
 
 
-def test_a_window_is_preferred_unless_whole_answers_hold_held_out_modes_further_apart_by_a_margin(nano, monkeypatch):
-    """Of two distances near zero one is soon twice the other: that is noise, and says nothing for the whole."""
+@pytest.mark.parametrize("score, whole_apart, tokens_apart, share", [
+    ("gradient", 1.0, 0.79, 0.0), ("gradient", 1.0, 0.81, 0.5), ("gradient", 0.81, 1.0, 0.5),
+    ("gradient", 0.79, 1.0, 1.0), ("gradient", 0.1, -0.05, 0.5), ("gradient", -0.05, 0.1, 0.5),
+    ("activation", 1.0, 0.79, 0.0), ("activation", 1.0, 0.81, 1.0), ("activation", 0.1, -0.05, 1.0),
+    ("activation", 0.5, 0.9, 1.0)])
+def test_a_reading_is_preferred_if_it_holds_held_out_modes_further_apart_by_a_margin(
+        nano, monkeypatch, score, whole_apart, tokens_apart, share):
+    """Of two distances near zero one is soon twice the other: that is noise. Where the pairs do not tell, half of a
+    gradient is the whole's; hidden states are read in tokens."""
     model, tok, adapter = nano
-    for distances, window in (((1.0, 0.81), 5), ((1.0, 0.79), 0), ((0.1, -0.05), 5), ((0.5, 0.9), 5)):
-        monkeypatch.setattr(extract_vgrad, "apart", Mock(side_effect=distances))
-        assert extract(model, tok, adapter, PAIRS[::4], score="activation").window == window
+    distances = Mock(side_effect=(whole_apart, tokens_apart))
+    monkeypatch.setattr(extract_vgrad, "apart", distances)
+    found = extract(model, tok, adapter, PAIRS[::4], score=score)
+    assert (found.share, found.window) == (share, 5 if share else 0)
+    compared = [args[0] for args, _ in distances.call_args_list]
+    assert all(map(torch.equal, compared, (found.unseen[0][0], found.unseen[1][0])))
 
 
 def direction(clean, hack, v=((1.0, 0.0),), held_out=((0.0,), (0.0,)), centre=0.0, modes=("sentinel",)):
