@@ -51,7 +51,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, logging
 
 HERE = Path(__file__).resolve().parent
 TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -594,6 +594,51 @@ def folded(adapter: Adapter, quarantine: bool = True) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ sampling
+REPLAYED = ("cuda",)  # devices on which a kernel takes less time than its launch
+
+
+def replayed(model, cache: DynamicCache, attend: Tensor, position: Tensor, room: int) -> Callable | None:
+    """A step of decoding as a CUDA graph, whose kernels are launched all at once. Its tensors keep their addresses: so
+    keys and values get a cache of fixed size, with room for so many more tokens, and no row leaves the batch.
+
+    cache: of the prompts, attend [G, T] and position [G, 1] of their tokens and of their last one. Returns step(t,
+    rows, token), the logits [rows, V] after token t, [rows, 1]; None for models whose layers attend to a window, or
+    whose positions depend on the length.
+    """
+    (G, T), fixed = attend.shape, StaticCache(config=model.config, max_cache_len=room + attend.shape[1])
+    if any(layer.is_sliding for layer in fixed.layers) or "dynamic" in str(model.config.get_text_config().to_dict()):
+        return None
+    for layer, prompt in zip(fixed.layers, cache.layers):
+        layer.update(prompt.keys, prompt.values)
+    ids, position = torch.zeros_like(position), position.clone()  # [G, 1] each
+    attend = F.pad(attend.bool(), (0, room))[:, None, None]  # [G, 1, 1, T + room]
+
+    def decode() -> Tensor:
+        return model.get_output_embeddings()(model.get_decoder()(
+            input_ids=ids, attention_mask=attend, position_ids=position, cache=fixed).last_hidden_state[:, -1])
+
+    if position.is_cuda:
+        stream = torch.cuda.Stream()  # what is done once, such as choosing kernels, is done before the capture
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            decode()
+        torch.cuda.current_stream().wait_stream(stream)
+        fixed.crop(-1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = decode()  # [G, V]
+
+    def step(t: int, rows: Tensor, token: Tensor) -> Tensor:
+        ids[rows], attend[..., T + t] = token, True
+        position.add_(1)
+        if not position.is_cuda:
+            return decode()[rows]
+        graph.replay()
+        return logits[rows]
+
+    return step
+
+
 @torch.no_grad()
 def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, temperature: float,
              top_k: int = 0) -> tuple[list[list[int]], list[Tensor]]:
@@ -623,6 +668,7 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
     cache.batch_repeat_interleave(n)
     logits, attend = logits.repeat_interleave(n, 0), attend.repeat_interleave(n, 0)  # [G, V], [G, T]
     position = positions[:, -1:].repeat_interleave(n, 0)  # [G, 1]
+    step = replayed(model, cache, attend, position, max_new) if device.type in REPLAYED else None
 
     rows = torch.arange(G, device=device)  # the rollouts still being written
     out = torch.full((G, max_new), -1, device=device)
@@ -638,6 +684,10 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
         alive = (token[:, 0] != eos).nonzero()[:, 0]
         if len(alive) == 0 or t == max_new - 1:
             break
+        if step:
+            rows = rows[alive]
+            logits = step(t, rows, token[alive])  # [rows, V]
+            continue
         position = position + 1
         attend = torch.cat([attend, attend.new_ones(len(attend), 1)], 1)
         if len(alive) < len(rows):

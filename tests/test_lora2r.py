@@ -13,6 +13,7 @@ from transformers import (AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM,
                           Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 from evaluate_deploy import export
+import lora2r
 from lora2r import (Adapter, InputError, Lora2rLinear, ablate, attach, batches, folded, generate, load, peek,
                     predicted_memory, prefill, run_script, save, token_logps, use)
 
@@ -546,9 +547,11 @@ def test_greedy_sampling_is_the_same_folded_and_masked():
         assert torch.equal(model.generate(ids, **options), masked)
 
 
+@pytest.mark.parametrize("replay", [False, True], ids=["growing cache", "fixed cache"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_sampled_and_trained_log_probabilities_are_those_of_hugging_face(kind):
+def test_sampled_and_trained_log_probabilities_are_those_of_hugging_face(kind, replay, monkeypatch):
     """Left-padded with a cache, right-padded without a mask, one rollout alone: far beyond the windows of 4 tokens."""
+    monkeypatch.setattr(lora2r, "REPLAYED", ("cpu",) * replay)
     model, adapter = tiny_adapter(kind, torch.float32)
     prompts = [tokens(1, T, seed=T)[0].tolist() for T in (2, 9, 5)]
     noise = torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
