@@ -238,6 +238,9 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
         tok.eos_token_id = next((token for token in turn if token in ends), tok.eos_token_id)
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
+    # on an H100 or H200, under torch 2.11 to 2.13, cuDNN's attention has NaN gradients where a prompt is shared: pytorch
+    # issue 196678
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval(), tok
 
 

@@ -320,6 +320,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     refuse_long_prompts(tok, model, cfg, data=problems, test_data=held_out["held-out"])
     if cfg.checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
+        model.train()  # it works in this mode only, and where there are gradients; nothing else depends on it
     system = problems[0].messages[:-1]  # the pairs' prompts get the same system message as the problems'
     pair_prompts, sides = encode_pairs(model, tok, pairs, system)
     adapter = attach(model, cfg.rank, cfg.seed)
@@ -403,7 +404,6 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         # ---------------------------------------------------------------- pass 1: label each by what the gate reads
         label = torch.full((G,), CLEAN if cfg.intervention == "none" else MID)  # [G]
         position = torch.full((G,), math.nan)  # [G]
-        model.train(cfg.checkpointing)  # checkpointing works in this mode only; nothing else depends on it
         if cfg.intervention == "routeV" and judged:
             of_rank = [rollouts[i] for i in share(judged)]
             x = direction.pair_features[:0]  # [this rank's, M, d]; a rank may have none
@@ -475,7 +475,6 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                     f"good checkpoint is {path / 'adapter.safetensors'}. Remedy: a lower --lr (it was {lr})")
             torch.nn.utils.clip_grad_norm_(adapter.parameters(), cfg.grad_clip)
             optimizer.step()
-        model.eval()
         loss, kl, clipped, truncated, n_trained = torch.tensor(gather([logged.tolist()])).sum(0).tolist()
         clock("update")
 

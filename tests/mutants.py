@@ -87,6 +87,8 @@ FORMULA = of("lora2r", "value_and_gradients_are_those_of_the_literal_formula")
 DIFFERENCES = of("lora2r", "probe_gradient_matches_finite_differences")
 PROBE_OFF = of("lora2r", "probe_read_off_is_the_probe_of_an_adapter_at_init")
 HUGGING_FACE = of("lora2r", "sampled_and_trained_log_probabilities_are_those_of_hugging_face")
+REPLAYED = of("lora2r", "sampled_and_trained_log_probabilities_are_those_of_hugging_face[llama-True]")
+GRAPH = of("lora2r", "a_graph_is_for_models_whose_layers_attend_to_everything")
 FOLDED = of("lora2r", "folded_forward_equals_the_blocks_and_is_undone_bit_exactly")
 OWN_NOISE = of("evaluate", "a_rollout_depends_on_its_own_noise_only")
 MEMORY = of("extract", "predicted_memory_is_what_autograd_keeps")
@@ -96,6 +98,7 @@ MEAN = of("extract", "direction_is_the_mean_of_differences_normalised_per_pair_a
 T_TEST = of("evaluate", "a_mean_is_tested_against_0_by_students_t")
 PAIRED = of("evaluate", "arms_are_compared_seed_by_seed_and_by_holms_correction")
 OTHERS = of("extract", "held_out_leaves_out_a_pair_and_its_group")
+CHECKPOINTED = of("train", "checkpointing_computes_layers_again_and_changes_no_number")
 APART = of("extract", "sides_lie_apart_by_their_means_in_standard_deviations")
 CUT_RULE = of("extract", "the_cut_is_as_many_standard_deviations_from_either_mean")
 BY_MODES = of("extract", "the_cut_lies_between_the_sides_of_modes_that_were_held_out")
@@ -304,8 +307,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "trains_quar=bool(m[kept].any())", "trains_quar=True", MOMENTUM),
     (TRAIN, "if not math.isfinite(grad_norm):", "if False:",
      of("train", "nan_stops_the_run_names_the_step_and_keeps_the_checkpoint")),
-    (TRAIN, "model.train(cfg.checkpointing)", "model.train(False)",
-     of("train", "checkpointing_computes_layers_again_and_changes_no_number")),
+    (TRAIN, "        model.train()  #", "        #", CHECKPOINTED),
     (TRAIN, 'out_dir=Path(folder) / "run"))', "out_dir=cfg.out_dir))", DRY),
     (TRAIN, 'row["seconds"], cfg.steps, n_sampled', 'row["seconds"], 1, n_sampled', DRY),
     (TRAIN, '"*" * (getattr(cfg, x.name) !=', '"*" * (getattr(cfg, x.name) ==', DRY),
@@ -422,6 +424,16 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (LORA, "logp.gather(1, token)[:, 0]", "(logp - choice.logsumexp(1, True)).gather(1, token)[:, 0]",
      of("evaluate", "log_probabilities_under_top_k_are_those_of_the_whole_vocabulary")),
     (LORA, "        position = position + 1\n", "", SAMPLERS_LOGPS),
+    # the fixed cache of a CUDA graph, which the tests run without the graph
+    (LORA, "        position.add_(1)\n", "", REPLAYED),
+    (LORA, "attend[..., T + t] = token, True", "attend[..., t] = token, True", REPLAYED),
+    (LORA, "ids[rows], attend[", "ids[: len(rows)], attend[", REPLAYED),
+    (LORA, "return decode()[rows]", "return decode()[: len(rows)]", REPLAYED),
+    (LORA, "(attend.bool(), (0, room))", "(torch.ones_like(attend).bool(), (0, room))", REPLAYED),
+    (LORA, "step(t, rows, token[alive])", "step(t, rows, token)", REPLAYED),
+    (LORA, "any(layer.is_sliding for layer in fixed.layers) or ", "", GRAPH),
+    (LORA, ' or "dynamic" in str(model.config.get_text_config().to_dict())', "", GRAPH),
+    (LORA, "    torch.backends.cuda.enable_cudnn_sdp(False)\n", "", of("lora2r", "cudnns_attention_is_left_out")),
     (LORA, "[[0] * (T - len(p)) + [1] * len(p) for p in prompts]", "[[1] * T for p in prompts]", SAMPLERS_LOGPS),
     (LORA, "alive = (token[:, 0] != eos)", "alive = (token[:, 0] != -1)", SAMPLERS_LOGPS),
     (LORA, "            cache.batch_select_indices(alive)\n", "            cache.batch_select_indices(alive.flip(0))\n",

@@ -478,7 +478,16 @@ def test_checkpointing_computes_layers_again_and_changes_no_number(tmp_path, sma
         again.append(torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1)  # inside a backward
         return forward(module, x)
 
+    def extracting(*args, **reading):
+        again.clear()
+        direction = extract(*args, **reading)
+        assert any(again), "reading the pairs needs as much memory as the update"
+        again.clear()
+        return direction
+
     monkeypatch.setattr(Lora2rLinear, "forward", counting)
+    extract = train_grpo.extract
+    monkeypatch.setattr(train_grpo, "extract", extracting)
     rows, tensors = go(tmp_path / "run", small, checkpointing=True)
     assert any(again)
     assert rows[0]["grad_norm"] == pytest.approx(plain[1][0]["grad_norm"], rel=1e-5)
