@@ -5,7 +5,7 @@
 
 It takes the flags of train_grpo.py and measures, one after another in this process, as medians:
 
-    matmul      the machine's fp32 matmul rate at size 2048, the peak that shares are of
+    matmul      the machine's matmul rate in --dtype at size 2048 (a GPU's: 8192), the peak that shares are of
     sampling    tokens/s of: our sampler with the adapter; the bare model in ours; the bare model in Hugging Face's
                 generate, same batch; naively: one generate call per prompt through the adapter's modules
     phases      seconds of sample, grade, gate, update in train_grpo.train itself (from its metrics.jsonl), and naively
@@ -48,21 +48,29 @@ from train_grpo import Config, check, draws, learning, parse_args, train  # noqa
 REPEATS = 5
 
 
+def clock() -> float:
+    """Seconds, once all work given to a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(action, repeats: int = REPEATS) -> float:
     """Median over `repeats` runs, after one that warms up."""
     action()
     taken = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         action()
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
     return median(taken)
 
 
-def matmul_peak() -> float:
-    """fp32 operations a second."""
-    a, b = torch.randn(2, 2048, 2048)
-    return 2 * 2048**3 / seconds(lambda: a @ b)
+def matmul_peak(cfg: Config) -> float:
+    """Operations a second in the base's dtype, of the training's kind of device."""
+    n = 2048 if cfg.device == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=cfg.device, dtype=getattr(torch, cfg.dtype))
+    return 2 * n**3 / seconds(lambda: a @ b)
 
 
 def in_turns(actions: dict, repeats: int = REPEATS) -> dict[str, float]:
@@ -71,9 +79,9 @@ def in_turns(actions: dict, repeats: int = REPEATS) -> dict[str, float]:
     rates: dict[str, list[float]] = {name: [] for name in actions}
     for n in range(repeats + 1):  # the first round warms up
         for name, action in actions.items():
-            start = time.perf_counter()
+            start = clock()
             tokens = action()
-            rates[name] += [tokens / (time.perf_counter() - start)] * (n > 0)
+            rates[name] += [tokens / (clock() - start)] * (n > 0)
     return {name: median(values) for name, values in rates.items()}
 
 
@@ -140,12 +148,12 @@ def naive_passes(model, adapter, groups: list[tuple[list, list]], cfg: Config) -
         rows, ids, mask, _ = next(batches(prompts, completions, 10**9))
         ids = torch.nn.functional.pad(ids, (0, longest - ids.shape[1])).to(cfg.device)
         mask = torch.nn.functional.pad(mask, (0, longest - 1 - mask.shape[1])).to(cfg.device)
-        start = time.perf_counter()
+        start = clock()
         c = torch.ones(len(adapter), len(ids), 2 * adapter.r, device=cfg.device, requires_grad=True)
         with use(adapter, m=False, c=c):
             torch.autograd.grad(-(logps(ids) * mask).sum(), c)
-        gate += time.perf_counter() - start
-        start = time.perf_counter()
+        gate += clock() - start
+        start = clock()
         with torch.no_grad(), use(adapter, m=True):
             old = logps(ids)
         with torch.no_grad(), use(adapter, off=True):
@@ -153,7 +161,7 @@ def naive_passes(model, adapter, groups: list[tuple[list, list]], cfg: Config) -
         with use(adapter, m=True):
             logp = logps(ids)
             ((-(logp - old).exp() + 0.0 * (ref - logp)) * mask).sum().backward()
-        update += time.perf_counter() - start
+        update += clock() - start
     for p in adapter.parameters():
         p.grad = None
     return gate, update
@@ -396,7 +404,7 @@ def bench_trl(cfg: Config, rounds: int = 2) -> None:
 if __name__ == "__main__":
     cfg = parse_args()
     cfg = replace(cfg, steps=min(cfg.steps, 7), eval_samples=0, mix_ratio=0.25)
-    peak = matmul_peak()
+    peak = matmul_peak(cfg)
     print(f"{cfg.model}, {cfg.dtype}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; "
           f"matmul {peak / 1e9:.0f} GFLOP/s")
     bench_sampling(cfg)
