@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, logging
+from transformers.cache_utils import StaticLayer
 
 HERE = Path(__file__).resolve().parent
 TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -605,11 +606,13 @@ def replayed(model, cache: DynamicCache, attend: Tensor, position: Tensor, room:
     keys and values get a cache of fixed size, with room for so many more tokens, and no row leaves the batch.
 
     cache: of the prompts, attend [G, T] and position [G, 1] of their tokens and of their last one. Returns step(t,
-    rows, token), the logits [rows, V] after token t, [rows, 1]; None for models whose layers attend to a window, or
-    whose positions depend on the length.
+    rows, token), the logits [rows, V] after token t, [rows, 1]; None for models that do more than attend to all tokens,
+    or whose positions depend on the length.
     """
-    (G, T), fixed = attend.shape, StaticCache(config=model.config, max_cache_len=room + attend.shape[1])
-    if any(layer.is_sliding for layer in fixed.layers) or "dynamic" in str(model.config.get_text_config().to_dict()):
+    T, config = attend.shape[1], model.config.get_text_config()
+    fixed = StaticCache(config=model.config, max_cache_len=T + room)
+    if (config._attn_implementation != "sdpa" or "dynamic" in str(getattr(config, "rope_parameters", ""))
+            or any(type(layer) is not StaticLayer for layer in fixed.layers)):
         return None
     for layer, prompt in zip(fixed.layers, cache.layers):
         layer.update(prompt.keys, prompt.values)

@@ -581,6 +581,10 @@ def test_a_graph_is_for_models_whose_layers_attend_to_everything():
         model.get_decoder()(input_ids=tokens(2, 3), cache=cache)
         assert (replayed(model, cache, **prompt) is not None) == (kind == "llama")
     model, _ = tiny_adapter("llama", torch.float32)
+    model.config._attn_implementation = "eager"  # it adds the mask
+    assert replayed(model, cache, **prompt) is None
+    model.config._attn_implementation = "sdpa"
+    assert replayed(model, cache, **prompt) is not None
     model.config.rope_parameters["rope_type"] = "dynamic"
     assert replayed(model, cache, **prompt) is None
 
