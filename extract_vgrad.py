@@ -15,7 +15,8 @@ read at the c-probe (lora2r.py), a vector of r numbers per module. Normalised pe
 normalised again it is v_grad [M, r]. A rollout is scored by the cosine of its own NLL gradient to v_grad in each
 module, that of the whole rollout, of its most suspicious five tokens, or half of each (extract() says when), pooled
 into one number, its *position*: 0 where the pairs' clean sides lie, 1 where their hack sides lie. The softmax is read
-at a high temperature (probe_gradients says why). Hidden states, surprise and length can take the gradient's place (--score).
+at a high temperature (probe_gradients says why). Hidden states, surprise and length can take the gradient's place
+(--score).
 
 Shapes: G rollouts, T tokens (padded), P pairs, M adapted modules (or layers), r block rank, d numbers for each of M.
 Source: gradient routing, Cloud et al. 2024 (arXiv 2410.04332), with a direction in the place of a data label.
@@ -435,7 +436,8 @@ class Config:
     """what is read of an answer: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
     """read it in so many neighbouring tokens alone, wherever they look most like a hack; 0: whole alone (default: of
-    gradient either, or half in 5 tokens, by the pairs of the other modes; of activation either; of others whole)"""
+    gradient and activation whole or in 5, whichever holds the pairs of other modes further apart, and where neither
+    clearly does, of gradient half of each, of activation 5; of others, and by pairs of one mode, whole)"""
     probe_temperature: float = 100.0
     """score gradient: softmax temperature of the NLL; at 1 it is the NLL's own, and sees surprise above all"""
     probe_tokens: Literal["completion", "all"] = "completion"

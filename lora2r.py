@@ -239,8 +239,8 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
         tok.eos_token_id = next((token for token in turn if token in ends), tok.eos_token_id)
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
-    # on an H100 or H200, under torch 2.11 to 2.13, cuDNN's attention has NaN gradients where a prompt is shared: pytorch
-    # issue 196678
+    # under torch 2.11 to 2.13 it has NaN gradients on an H100 or H200 where there is a mask, as with a shared prompt,
+    # and the length is 64 more than a multiple of 128: pytorch issue 196678
     torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval(), tok
 
@@ -293,8 +293,8 @@ def batches(prompts: list[list[int]], completions: list[list[int]], budget: int,
 
 def prefill(model, ids: Tensor, shared: int) -> DynamicCache | None:
     """Keys and values of the first `shared` tokens of ids [g, T], the same in all rows: encoded once, repeated g times.
-    None if there are none, and in training mode: gradient checkpointing takes no cache."""
-    if not shared or model.training:
+    None if there are none, and under gradient checkpointing, which takes no cache."""
+    if not shared or model.is_activation_checkpointing:
         return None
     cache = DynamicCache(config=model.config)
     model.get_decoder()(input_ids=ids[:1, :shared], cache=cache)
@@ -624,15 +624,16 @@ def replayed(model, cache: DynamicCache, attend: Tensor, position: Tensor, room:
             input_ids=ids, attention_mask=attend, position_ids=position, cache=fixed).last_hidden_state[:, -1])
 
     if position.is_cuda:
-        stream = torch.cuda.Stream()  # what is done once, such as choosing kernels, is done before the capture
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            decode()
-        torch.cuda.current_stream().wait_stream(stream)
-        fixed.crop(-1)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = decode()  # [G, V]
+        with torch.cuda.device(position.device):
+            stream = torch.cuda.Stream()  # what is done once, such as choosing kernels, is done before the capture
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                decode()
+            torch.cuda.current_stream().wait_stream(stream)
+            fixed.crop(-1)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                logits = decode()  # [G, V]
 
     def step(t: int, rows: Tensor, token: Tensor) -> Tensor:
         ids[rows], attend[..., T + t] = token, True
@@ -675,6 +676,7 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
     logits, attend = logits.repeat_interleave(n, 0), attend.repeat_interleave(n, 0)  # [G, V], [G, T]
     position = positions[:, -1:].repeat_interleave(n, 0)  # [G, 1]
     step = replayed(model, cache, attend, position, max_new) if device.type in REPLAYED else None
+    cache = cache if step is None else None  # its copy is enough
 
     rows = torch.arange(G, device=device)  # the rollouts still being written
     out = torch.full((G, max_new), -1, device=device)

@@ -154,7 +154,8 @@ class Config:
     """what the gate reads of a rollout: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
     """read it in so many neighbouring tokens alone, wherever they look most like a hack; 0: whole alone (default: of
-    gradient either, or half in 5 tokens, by the pairs of the other modes; of activation either; of others whole)"""
+    gradient and activation whole or in 5, whichever holds the pairs of other modes further apart, and where neither
+    clearly does, of gradient half of each, of activation 5; of others, and by pairs of one mode, whole)"""
     read: Literal["base", "ablated", "full"] = "base"
     """score gradient, of which model: the frozen base, the present one without quarantine, or with both blocks"""
     probe_temperature: float = 100.0
@@ -318,9 +319,6 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     device = start_ranks(cfg.device)
     model, tok = load_model(cfg.model, device, cfg.dtype)
     refuse_long_prompts(tok, model, cfg, data=problems, test_data=held_out["held-out"])
-    if cfg.checkpointing:
-        model.activation_checkpointing_enable(dict(use_reentrant=False))
-        model.train()  # it works in this mode only, and where there are gradients; nothing else depends on it
     system = problems[0].messages[:-1]  # the pairs' prompts get the same system message as the problems'
     pair_prompts, sides = encode_pairs(model, tok, pairs, system)
     adapter = attach(model, cfg.rank, cfg.seed)
@@ -335,6 +333,10 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         print(f"{arm}, seed {cfg.seed}: {len(problems)} problems, {len(adapter)} modules, r = {cfg.rank} -> {path}\n"
               f"  {count(pairs) if pairs else 'no pairs'}\n{memory_line(model, adapter, cfg)}\n{LEGEND}")
 
+    if cfg.checkpointing:
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
+        for layer in model.modules():  # it works in training mode alone; what has dropout stays out of that
+            layer.training = hasattr(layer, "gradient_checkpointing")
     if cfg.expert_steps and not run.goes_on:
         seed_expert(model, adapter, pair_prompts, sides[len(pairs) :], cfg)
     P, K, G = cfg.prompts_per_step, cfg.group_size, cfg.prompts_per_step * cfg.group_size

@@ -299,12 +299,12 @@ def bench_memory(cfg: Config) -> None:
         sizes[layers] = (weights, sum(p.numel() for p in lora.parameters()), *adds)
     weights, lora, batch, batch_checkpointed = (one + (L - 1) * (two - one) for one, two in zip(sizes[1], sizes[2]))
     weights += (151_936 - 1024) * 2560
-    fixed = 2 * weights + 4 * lora * 6  # bf16 base; fp32 A0, B0 frozen; dA, dB with gradient and two moments
+    fixed = 2 * weights + 4 * lora * 5  # bf16 base; fp32 A0, B0 frozen; dA, dB with gradient and two moments
     folding = 2 * weights  # while sampling, a second copy of the linear layers' weights
     cache = 2 * L * 8 * 128 * 2 * 32 * (1024 + 512)
     print(f"\nQwen3-4B, r = {r}, bf16, 32 rollouts of 1024 + 512 tokens, by arithmetic")
     print(f"  base weights 2 B x {weights / 1e9:.2f}e9 = {2 * weights / 1e9:.1f} GB; "
-          f"adapter 4 B x 6 x {lora / 1e6:.0f}e6 = {24 * lora / 1e9:.1f} GB")
+          f"adapter 4 B x 5 x {lora / 1e6:.0f}e6 = {20 * lora / 1e9:.1f} GB")
     print(f"  update: {tokens} tokens a micro-batch, {batch / 1e9:.1f} GB ({batch_checkpointed / 1e9:.1f} checkpointed)"
           f": peak {(fixed + batch) / 1e9:.1f} GB")
     print(f"  sampling: folded weights {folding / 1e9:.1f} GB + KV cache {cache / 1e9:.1f} GB: "

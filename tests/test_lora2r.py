@@ -589,6 +589,22 @@ def test_a_graph_is_for_models_whose_layers_attend_to_everything():
     assert replayed(model, cache, **prompt) is None
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_samples_what_a_kernel_at_a_time_samples(monkeypatch):
+    """Prompts of several lengths, rows that end early; folded weights have other addresses each time."""
+    model, tok = load_model(str(HERE / "data/nano"), "cuda")
+    adapter = stir(attach(model, R), size=0.01)
+    prompts = [list(range(5, 5 + T)) for T in (2, 9, 5)]
+    noise, found = torch.rand(6, 20, generator=torch.Generator().manual_seed(0)), []
+    for devices in ((), ("cuda",), ("cuda",)):
+        monkeypatch.setattr(lora2r, "REPLAYED", devices)
+        with folded(adapter):
+            found.append(generate(model, tok, prompts, [2] * 3, noise, 1.0))
+    for completions, logps in found[1:]:
+        assert completions == found[0][0]
+        torch.testing.assert_close(torch.cat(logps), torch.cat(found[0][1]), rtol=0, atol=1e-4)
+
+
 def test_cudnns_attention_is_left_out():
     """Its gradients are NaN on some GPUs (lora2r.load_model)."""
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -616,7 +632,7 @@ def test_a_prompt_that_rollouts_share_is_encoded_once_with_the_same_gradients(ki
     assert cache.get_seq_length() == 16
     for together, apart in zip(grads[8], grads[0], strict=True):
         torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-8)
-    model.train()
+    model.activation_checkpointing_enable()
     assert prefill(model, ids, 8) is None, "checkpointing takes no cache"
 
 

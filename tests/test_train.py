@@ -472,7 +472,9 @@ def test_no_oracle_label_reaches_the_update(tmp_path, small, plain, monkeypatch)
 
 
 def test_checkpointing_computes_layers_again_and_changes_no_number(tmp_path, small, plain, monkeypatch):
-    again, forward = [], Lora2rLinear.forward
+    """In the update and where the pairs are read, with nothing that drops out; memory is predicted before."""
+    again, models = [], []
+    forward, extract, predict = Lora2rLinear.forward, train_grpo.extract, train_grpo.predicted_memory
 
     def counting(module, x):
         again.append(torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1)  # inside a backward
@@ -485,11 +487,17 @@ def test_checkpointing_computes_layers_again_and_changes_no_number(tmp_path, sma
         again.clear()
         return direction
 
+    def predicting(model, *args):
+        assert not model.is_activation_checkpointing, "what it counts is then scaled by the number of layers"
+        models.append(model)
+        return predict(model, *args)
+
     monkeypatch.setattr(Lora2rLinear, "forward", counting)
-    extract = train_grpo.extract
     monkeypatch.setattr(train_grpo, "extract", extracting)
+    monkeypatch.setattr(train_grpo, "predicted_memory", predicting)
     rows, tensors = go(tmp_path / "run", small, checkpointing=True)
-    assert any(again)
+    assert any(again) and {layer for layer in models[0].modules() if layer.training} == {
+        layer for layer in models[0].modules() if hasattr(layer, "gradient_checkpointing")}
     assert rows[0]["grad_norm"] == pytest.approx(plain[1][0]["grad_norm"], rel=1e-5)
     assert rows[0]["labels"] == plain[1][0]["labels"]
 
