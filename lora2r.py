@@ -239,8 +239,8 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
         tok.eos_token_id = next((token for token in turn if token in ends), tok.eos_token_id)
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
-    # under torch 2.11 to 2.13 it has NaN gradients on an H100 or H200 where there is a mask, as with a shared prompt,
-    # and the length is 64 more than a multiple of 128: pytorch issue 196678
+    # cuDNN's attention, under torch 2.11 to 2.13, has NaN gradients on an H100 or H200 where there is a mask, as with a
+    # shared prompt, and the length is 64 more than a multiple of 128: pytorch issue 196678
     torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval(), tok
 
@@ -601,6 +601,11 @@ def folded(adapter: Adapter, quarantine: bool = True) -> Iterator[None]:
 REPLAYED = ("cuda",)  # devices on which a kernel takes less time than its launch
 
 
+def next_logits(model, **inputs) -> Tensor:
+    """The logits [g, V] of what follows the last token of each row; inputs: the decoder's."""
+    return model.get_output_embeddings()(model.get_decoder()(**inputs).last_hidden_state[:, -1])
+
+
 def replayed(model, cache: DynamicCache, attend: Tensor, position: Tensor, room: int) -> Callable | None:
     """A step of decoding as a CUDA graph, whose kernels are launched all at once. Its tensors keep their addresses: so
     keys and values get a cache of fixed size, with room for so many more tokens, and no row leaves the batch.
@@ -618,28 +623,24 @@ def replayed(model, cache: DynamicCache, attend: Tensor, position: Tensor, room:
         layer.update(prompt.keys, prompt.values)
     ids, position = torch.zeros_like(position), position.clone()  # [G, 1] each
     attend = F.pad(attend.bool(), (0, room))[:, None, None]  # [G, 1, 1, T + room]
-
-    def decode() -> Tensor:
-        return model.get_output_embeddings()(model.get_decoder()(
-            input_ids=ids, attention_mask=attend, position_ids=position, cache=fixed).last_hidden_state[:, -1])
-
+    inputs = dict(input_ids=ids, attention_mask=attend, position_ids=position, cache=fixed)
     if position.is_cuda:
         with torch.cuda.device(position.device):
             stream = torch.cuda.Stream()  # what is done once, such as choosing kernels, is done before the capture
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                decode()
+                next_logits(model, **inputs)
             torch.cuda.current_stream().wait_stream(stream)
             fixed.crop(-1)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
-                logits = decode()  # [G, V]
+                logits = next_logits(model, **inputs)  # [G, V]
 
     def step(t: int, rows: Tensor, token: Tensor) -> Tensor:
         ids[rows], attend[..., T + t] = token, True
         position.add_(1)
         if not position.is_cuda:
-            return decode()[rows]
+            return next_logits(model, **inputs)[rows]
         graph.replay()
         return logits[rows]
 
@@ -664,14 +665,12 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
     if G == 0:
         return [], []
     n, noise = torch.tensor(n, device=device), noise.to(device)  # [P], [G, max_new]
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
     T = max(map(len, prompts))
     ids = torch.tensor([[eos] * (T - len(p)) + p for p in prompts], device=device)  # [P, T]
     attend = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, T], 0 on padding
     positions = (attend.cumsum(1) - 1).clamp(min=0)  # [P, T]
     cache = DynamicCache(config=model.config)
-    logits = head(decoder(input_ids=ids, attention_mask=attend, position_ids=positions,
-                          cache=cache).last_hidden_state[:, -1])  # [P, V]
+    logits = next_logits(model, input_ids=ids, attention_mask=attend, position_ids=positions, cache=cache)  # [P, V]
     cache.batch_repeat_interleave(n)
     logits, attend = logits.repeat_interleave(n, 0), attend.repeat_interleave(n, 0)  # [G, V], [G, T]
     position = positions[:, -1:].repeat_interleave(n, 0)  # [G, 1]
@@ -701,8 +700,7 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
         if len(alive) < len(rows):
             rows, token, attend, position = rows[alive], token[alive], attend[alive], position[alive]
             cache.batch_select_indices(alive)
-        logits = head(decoder(input_ids=token, attention_mask=attend, position_ids=position,
-                              cache=cache).last_hidden_state[:, -1])  # [rows, V]
+        logits = next_logits(model, input_ids=token, attention_mask=attend, position_ids=position, cache=cache)
     lengths = (out >= 0).sum(1).tolist()
     return [row[:k] for row, k in zip(out.tolist(), lengths)], [row[:k] for row, k in zip(out_logps.cpu(), lengths)]
 

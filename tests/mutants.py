@@ -429,7 +429,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (LORA, "        position.add_(1)\n", "", REPLAYED),
     (LORA, "attend[..., T + t] = token, True", "attend[..., t] = token, True", REPLAYED),
     (LORA, "ids[rows], attend[", "ids[: len(rows)], attend[", REPLAYED),
-    (LORA, "return decode()[rows]", "return decode()[: len(rows)]", REPLAYED),
+    (LORA, "**inputs)[rows]", "**inputs)[: len(rows)]", REPLAYED),
     (LORA, "(attend.bool(), (0, room))", "(torch.ones_like(attend).bool(), (0, room))", REPLAYED),
     (LORA, "step(t, rows, token[alive])", "step(t, rows, token)", REPLAYED),
     (LORA, 'config._attn_implementation != "sdpa" or ', "", GRAPH),
