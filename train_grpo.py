@@ -34,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice, product
 from pathlib import Path
-from typing import Iterator, Literal
+from typing import Any, Callable, Iterator, Literal
 
 import torch
 import torch.distributed as dist
@@ -347,8 +347,8 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         lot = torch.Generator().manual_seed(10**6 * (cfg.routeV_random_v_seed if placebo else cfg.seed) + step)
         # ---------------------------------------------------------------- the direction, and a checkpoint
         if cfg.intervention == "routeV" and (step == start or cfg.read != "base" and step % cfg.refresh == 0):
-            direction = extract(model, tok, adapter, pairs, system, cfg.tokens_per_batch, cfg.centre,
-                                cfg.equal_pairs, window=cfg.window, **reading)
+            direction = of_main_rank(lambda: extract(model, tok, adapter, pairs, system, cfg.tokens_per_batch,
+                                                     cfg.centre, cfg.equal_pairs, window=cfg.window, **reading))
             if placebo:
                 v_random = haar(cfg.routeV_random_v_seed, *direction.v.shape)  # [M, d]
             if placebo and cfg.placebo == "replaced":
@@ -595,6 +595,14 @@ def stop_ranks() -> None:
 def is_main_rank() -> bool:
     """Only the main rank writes and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def of_main_rank(make: Callable[[], Any]) -> Any:
+    """What make() returns on the main rank, on every rank. Made on each, what a sum's last bit decides could differ."""
+    made = [make() if is_main_rank() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(made)
+    return made[0]
 
 
 def share(xs) -> list:

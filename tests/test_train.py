@@ -811,9 +811,14 @@ def test_two_ranks_make_the_update_of_one(tmp_path, small, options, trained, blo
     options = dict(steps=2, prompts_per_step=3, kl=0.01, rank=8) | options
     one = go(tmp_path / "one", small, **options)
     assert [row["trained"] for row in one[0]] == trained
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_grpo.py"]
+    script = tmp_path / "script.py"
+    script.write_text("import os, train_grpo\n"
+                      "if os.environ['RANK'] == '1': del train_grpo.extract  # the main rank reads the pairs for all\n"
+                      "train_grpo.train(train_grpo.parse_args())\n")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     done = subprocess.run([*launcher, *flags(small, **options, out_dir=tmp_path / "two")], cwd=HERE,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     two = read(tmp_path / "two", "metrics"), load_file(tmp_path / "two/adapter.safetensors")
     for a, b in zip(read(tmp_path / "one", "rollouts"), read(tmp_path / "two", "rollouts"), strict=True):
