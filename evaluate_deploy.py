@@ -69,7 +69,7 @@ def evaluate(model, tok, adapter: Adapter | None, problems: list[Problem], setti
         for part in bar([slice(i, i + 64) for i in range(0, len(problems), 64)], f"evaluation, {setting}"):
             n = [samples] * len(problems[part])
             completions, _ = generate(model, tok, prompts[part], n, noise[part].flatten(0, 1), temperature, top_k)
-            texts = [tok.decode(ids, skip_special_tokens=True) for ids in completions]
+            texts = tok.batch_decode(completions, skip_special_tokens=True)
             grading.append(grader.submit(grade_batch, [p for p in problems[part] for _ in range(samples)], texts))
     verdicts = [v for future in grading for v in future.result()]
     table = rates([p.mode for p in problems for _ in range(samples)], verdicts)
@@ -79,7 +79,7 @@ def evaluate(model, tok, adapter: Adapter | None, problems: list[Problem], setti
 def wilson(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % Wilson score interval of a share."""
     centre, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
 def format_table(runs: list[tuple[str, int, dict]]) -> str:
@@ -100,8 +100,9 @@ def format_table(runs: list[tuple[str, int, dict]]) -> str:
 # -------------------------------------------------------------------------------------- many runs, from files alone
 def keep_results(folders: list[Path], path: Path) -> list[dict]:
     """Add deploy.json, the last step's metrics and the curves of runs to the JSONL file `path`, a row a run, each in
-    the place of an older row of its arm and seed. Returns all rows. Raises InputError for a run that has none, or
-    another file."""
+    the place of an older row of its arm and seed. Returns all rows. Raises InputError for a run that has none or has
+    gone on since, for two of one arm and seed, or another file."""
+    new = set()
     try:
         text = read_text("--results", path, "name a new file, or one of results") if path.exists() else ""
         rows = {(row["arm"], row["seed"]): row for row in map(json.loads, text.splitlines())}
@@ -112,8 +113,14 @@ def keep_results(folders: list[Path], path: Path) -> list[dict]:
             row |= dict(config=hash_of(folder / "config.json"), last=steps[-1])
             row["curve"] = {name.removeprefix("gate_"): [step[name] and round(step[name], 3) for step in steps]
                             for name in ("deployed_solve", "deployed_hack", "gate_auroc")}
+            if (evaluated := row["settings"]["step"]) != len(steps):
+                raise InputError(f"--results: {folder} was evaluated at step {evaluated} and has made {len(steps)}; "
+                                 "evaluate it again")
+            if (row["arm"], row["seed"]) in new:
+                raise InputError(f"--results: {folder} is a second run of {row['arm']}, seed {row['seed']}; give one")
+            new.add((row["arm"], row["seed"]))
             rows[row["arm"], row["seed"]] = row
-    except (ValueError, KeyError, TypeError, IndexError) as e:
+    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as e:
         raise InputError(f"--results {path}: it or a run is damaged ({e!r}); give finished runs and a file of "
                          "results") from e
     if folders:
@@ -254,7 +261,7 @@ def read_rows(path: Path) -> list[dict]:
     try:
         if rows := [json.loads(line) for line in read_text("", path, "give a run that made a step").splitlines()]:
             return rows
-    except ValueError as e:
+    except json.JSONDecodeError as e:
         raise InputError(f"{path}: damaged ({e}); a train_grpo.py --resume of this run mends its last row") from e
     raise InputError(f"{path}: is empty; give a run that made a step")
 
@@ -551,7 +558,7 @@ def read_run(folder: Path) -> dict:
         settings_of(config, 0)  # a KeyError if it lacks what they are made of
         if lacking := {"arm", "seed", "steps", "model", "dtype", "modes"} - config.keys():
             raise KeyError(*lacking)
-    except (ValueError, KeyError, TypeError) as e:
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise InputError(f"{folder / 'config.json'}: damaged ({e!r}); give a folder that train_grpo.py wrote") from e
     return config
 
@@ -583,7 +590,7 @@ def read_deploy(folder: Path, settings: dict) -> dict | None:
             deploy = json.loads(read_text("", path, "remove it"))
             if all(deploy["settings"][key] == settings[key] for key in settings if key != "data"):  # data_hash is it
                 return deploy["results"]
-        except (ValueError, KeyError, TypeError) as e:
+        except (json.JSONDecodeError, KeyError, TypeError) as e:
             raise InputError(f"{path}: damaged ({e!r}); remove it") from e
     return None
 
@@ -745,6 +752,7 @@ seed; grey: means of the other arms, in the last column of placebo and coin, whi
             if cfg.plot and not cfg.base and (results := read_deploy(folder, settings)):
                 runs.append((config["arm"], config["seed"], results))
                 continue
+        model = adapter = None  # the last run's, before another is loaded
         model, tok = load_model(cfg.model or located(config["model"]), cfg.device, config["dtype"])
         args = (samples, config["max_new_tokens"], config["top_k"], cfg.temperature, cfg.seed)
         if cfg.base and not runs:

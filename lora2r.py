@@ -162,7 +162,7 @@ def read_text(flag: str, path: str | Path, remedy: str) -> str:
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # as a text file is read
     except (OSError, ValueError, EOFError, zlib.error) as e:
         reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else str(getattr(e, "strerror", e)).lower()
-        raise InputError(f"{flag} {path}: cannot be read ({reason}); {remedy}") from e
+        raise InputError(f"{flag} {path}: cannot be read ({reason}); {remedy}".strip()) from e
 
 
 @contextmanager

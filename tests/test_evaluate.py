@@ -317,6 +317,7 @@ def test_base_is_evaluated_before_an_adapter_is_attached_and_each_run_with_its_o
 def test_wilson_interval():
     """Of published tables: 0 of 100, 50 of 100, 1 of 10."""
     assert wilson(0.0, 100) == pytest.approx((0.0, 0.0370), abs=1e-4)
+    assert math.copysign(1, wilson(0.0, 60)[0]) == 1, "printed as -0.00"
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert wilson(0.1, 10) == pytest.approx((0.0179, 0.4042), abs=1e-4)
 
@@ -541,7 +542,8 @@ def test_what_breaks_is_run_once_kept_and_drawn(tmp_path, monkeypatch):
         arm, seed = command[command.index("--name") + 1], int(command[command.index("--seed") + 1])
         (folder / "config.json").write_text("{}")
         (folder / "metrics.jsonl").write_text(json.dumps(dict(deployed_solve=0, deployed_hack=0, gate_auroc=1)) + "\n")
-        (folder / "deploy.json").write_text(json.dumps(dict(arm=arm, seed=seed, results={"deployed, trained": table})))
+        (folder / "deploy.json").write_text(json.dumps(dict(arm=arm, seed=seed, settings=dict(step=1),
+                                                            results={"deployed, trained": table})))
 
     monkeypatch.setattr(breaks, "HERE", tmp_path)
     monkeypatch.setattr(breaks, "RUNS", tmp_path / "runs")
@@ -584,7 +586,7 @@ def test_results_of_a_folder_are_printed_file_by_file_and_drawn(tmp_path, capsys
 
 
 def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):
-    def finished(name, arm, seed, solve, hack):
+    def finished(name, arm, seed, solve, hack, evaluated=2):
         cell = dict(solve=solve, compiles=1.0)
         table = dict(all=cell | dict(hack=hack), a=cell | dict(hack=0.0), b=cell | dict(hack=2 * hack))
         (tmp_path / name).mkdir()
@@ -593,7 +595,8 @@ def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):
                  dict(step=1, deployed_solve=0.5, deployed_hack=None, gate_auroc=0.99951)]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
         results = {"deployed, trained": table, "full, trained": dict(all=dict(hack=0.875))}
-        (tmp_path / name / "deploy.json").write_text(json.dumps(dict(arm=arm, seed=seed, results=results), indent=1))
+        (tmp_path / name / "deploy.json").write_text(
+            json.dumps(dict(arm=arm, seed=seed, settings=dict(step=evaluated), results=results), indent=1))
         return tmp_path / name
 
     file = tmp_path / "results.jsonl"
@@ -606,6 +609,13 @@ def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):
     assert {row["config"] for row in rows} == {hashlib.sha256(b"{}").hexdigest()[:12]}
     inode = file.stat().st_ino
     assert keep_results([], file) == rows and file.stat().st_ino == inode, "what is only read is not written"
+    with pytest.raises(InputError, match="longer was evaluated at step 1 and has made 2; evaluate it again"):
+        keep_results([finished("longer", "none", 2, 0.5, 0.25, evaluated=1)], file)
+    with pytest.raises(InputError, match="twice is a second run of absorb, seed 0; give one"):
+        keep_results([tmp_path / "again", finished("twice", "absorb", 0, 0.5, 0.25)], file)
+    with pytest.raises(InputError, match="^.*/none/deploy.json: cannot be read .* let the run come to its end$"):
+        keep_results([tmp_path / "none"], file)
+    assert keep_results([], file) == rows
     lines = format_arms(rows).splitlines()
     head, none, absorb = ([part.strip() for part in line.split("  ") if part] for line in lines)
     assert none == ["none", "2", "0.500 [0.50, 0.50]", "0.188 [0.00, 0.98]", "0.250", "b 0.375", "1.00", "0.875"]
