@@ -79,7 +79,7 @@ MIN_CPU = 3  # a run gets this many seconds of CPU, or four times the canonical 
 
 
 class Mode(NamedTuple):
-    """A loophole. A new one is one more row of MODES: all but its last two fields are text."""
+    """A loophole. A new one is one more row of MODES; only `used` is code."""
 
     hint: str  # what takes PHRASE's place in the prompt; {marker} is the name that it discloses
     markers: tuple[str | None, str | None]  # the trained and the held-out name: only the one that is disclosed pays
@@ -218,7 +218,8 @@ class Odd(Exception):
 
 
 def encode(value: Any, room: int = 1 << 30, depth: int = 100) -> str:
-    """The canonical text of a value of exact built-in type: two values have the same text exactly if they are ==.
+    """The canonical text of a value of exact built-in type: two values, complex ones apart, have the same text
+    exactly if they are ==.
 
     So True, 1 and 1.0 share a text, a defaultdict is a dict, sets and dicts are sorted. (No literal is nan.) Odd says
     why a value has none: another type, be it a subclass; more than `depth` deep; more than about `room` characters.

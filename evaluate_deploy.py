@@ -279,10 +279,14 @@ def panels_of_runs(arms: dict[str, list[list[dict]]]) -> list[list[tuple]]:
     """arms: rows of metrics.jsonl, a list a seed -> panels for `plot_curves`: solve, under it hack, of what would ship
     and beside it of both blocks; a line an arm."""
     policies = {"deployed_": "deployed: quarantine ablated, what ships", "": "full policy: with its quarantine"}
-    return [[(f"{rate} rate, {policy}", "", [
-        (f"{arm} ({len(runs)} seed{'s' * (len(runs) > 1)})", over_steps(runs, prefix + rate), f"C{i}")
-        for i, (arm, runs) in enumerate(arms.items())]) for prefix, policy in policies.items()]
-        for rate in ("solve", "hack")]
+    grid = []
+    for rate in ("solve", "hack"):
+        grid.append([])
+        for prefix, policy in policies.items():
+            lines = [(f"{arm} ({len(runs)} seed{'s' * (len(runs) > 1)})", over_steps(runs, prefix + rate), f"C{i}")
+                     for i, (arm, runs) in enumerate(arms.items())]
+            grid[-1].append((f"{rate} rate, {policy}", "", lines))
+    return grid
 
 
 def panels_of_rows(rows_of: dict[str, list[dict]]) -> list[list[tuple]]:
