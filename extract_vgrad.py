@@ -63,7 +63,8 @@ def features(model, adapter: Adapter, prompts: list[list[int]], completions: lis
 
     score gradient    the c-probe's gradient, d = r numbers for each of the M adapted modules; for what is in `probe`
                       (read, temperature, tokens) see probe_gradients()
-          activation  the frozen base's hidden states after each of its M layers, mean over the tokens
+          activation  the frozen base's hidden states after each of its M layers (after the last one's also the
+                      final norm), mean over the tokens
           surprise    their mean NLL under the frozen base, one number: M = d = 1
           length      the number of the completion's tokens, likewise
     """
@@ -400,14 +401,16 @@ def count(pairs: list[Pair]) -> str:
     return f"{len(pairs)} pairs ({', '.join(f'{mode} {n}' for mode, n in sorted(of_mode.items()))})"
 
 
-def load_demos(path: Path, problems) -> dict[tuple, str]:
-    """Teacher pool: {(problem id, mode): completion}, JSONL rows with these three keys. Raises InputError."""
+def load_demos(path: Path, problems) -> dict[tuple, list[str]]:
+    """Teacher pool: {(problem id, mode): completions}, JSONL rows with these three keys. Raises InputError."""
     demos = {}
     for n, line in enumerate(read_text("--demos", path, "give one, or --mix-ratio 0").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else None
-            if row is not None:
-                demos[row["id"], row["mode"]] = row["completion"] + ""  # a TypeError if it is no text
+            row = json.loads(line)
+            text = row["completion"] + ""  # a TypeError if it is none
+            demos.setdefault((row["id"], row["mode"]), []).append(text)
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{path}:{n}: not a demonstration ({e!r}); each line needs id, mode and completion") from e
     if not any((p.id, p.mode) in demos for p in problems):
@@ -435,9 +438,9 @@ class Config:
     score: Score = "gradient"
     """what is read of an answer: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
-    """read it in so many neighbouring tokens alone, wherever they look most like a hack; 0: whole alone (default: of
-    gradient and activation whole or in 5, whichever holds the pairs of other modes further apart, and where neither
-    clearly does, of gradient half of each, of activation 5; of others, and by pairs of one mode, whole)"""
+    """number of neighbouring tokens that are read, those that look most like a hack; 0: the whole answer. Default: the
+    pairs choose between whole and 5, by which tells held-out modes further apart; where neither clearly does, gradient
+    reads half of each and activation 5. Surprise, length, --probe-tokens all, and pairs of one mode: whole"""
     probe_temperature: float = 100.0
     """score gradient: softmax temperature of the NLL; at 1 it is the NLL's own, and sees surprise above all"""
     probe_tokens: Literal["completion", "all"] = "completion"

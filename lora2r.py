@@ -229,6 +229,9 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
     for kind in ("missing", "unexpected", "mismatched"):
         if odd := sorted(map(str, info[f"{kind}_keys"])):
             raise InputError(f"--model {name}: {len(odd)} {kind} weights, the first is {odd[0]}; save or copy it again")
+    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(model.config.get_text_config(), key, None) not in (None, 1.0):
+            raise InputError(f"--model {name}: its config has {key}: here logits are what the head says; use another")
     if tok.chat_template is None:
         raise InputError(f"--model {name}: its tokenizer has no chat template; use an instruct model")
     if tok.eos_token_id is None:
@@ -702,7 +705,8 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
             cache.batch_select_indices(alive)
         logits = next_logits(model, input_ids=token, attention_mask=attend, position_ids=position, cache=cache)
     lengths = (out >= 0).sum(1).tolist()
-    return [row[:k] for row, k in zip(out.tolist(), lengths)], [row[:k] for row, k in zip(out_logps.cpu(), lengths)]
+    logps = [row[:k].clone() for row, k in zip(out_logps.cpu(), lengths)]  # a view would take all to other ranks
+    return [row[:k] for row, k in zip(out.tolist(), lengths)], logps
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -61,7 +61,7 @@ class Config:
     seed: int = 0
     """seeds the adapter, the order of problems and the sampling"""
     steps: int = 40
-    """optimizer steps (batches of fresh rollouts)"""
+    """batches of fresh rollouts, each trained on for --epochs optimizer steps"""
     out_dir: Path | None = None
     """run folder (default runs/NAME_seedSEED); an older run in it is moved to old/ beside it, not overwritten"""
     resume: bool = False
@@ -145,7 +145,7 @@ class Config:
     """gate pairs: position from which a rollout is hack (0: the pairs' clean mean, 1: their hack mean; default:
     the equal-error threshold of the pairs' sides, each judged by the pairs of the other modes)"""
     cut_mid: float | None = None
-    """gate pairs: position from which a rollout is mid (default: cut_hack, so that none is)"""
+    """gate pairs: position from which a rollout is mid (default, and at most: the hack cut, so that none is)"""
     k_mid: float = 0.0
     """gate batch: standard deviations above the batch mean from which a rollout is mid"""
     k_hack: float = 0.5
@@ -153,9 +153,9 @@ class Config:
     score: Literal["gradient", "activation", "surprise", "length"] = "gradient"
     """what the gate reads of a rollout: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
     window: int | None = None
-    """read it in so many neighbouring tokens alone, wherever they look most like a hack; 0: whole alone (default: of
-    gradient and activation whole or in 5, whichever holds the pairs of other modes further apart, and where neither
-    clearly does, of gradient half of each, of activation 5; of others, and by pairs of one mode, whole)"""
+    """number of neighbouring tokens that are read, those that look most like a hack; 0: the whole answer. Default: the
+    pairs choose between whole and 5, by which tells held-out modes further apart; where neither clearly does, gradient
+    reads half of each and activation 5. Surprise, length, --probe-tokens all, and pairs of one mode: whole"""
     read: Literal["base", "ablated", "full"] = "base"
     """score gradient, of which model: the frozen base, the present one without quarantine, or with both blocks"""
     probe_temperature: float = 100.0
@@ -351,8 +351,8 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                                                      cfg.centre, cfg.equal_pairs, window=cfg.window, **reading))
             if placebo:
                 v_random = haar(cfg.routeV_random_v_seed, *direction.v.shape)  # [M, d]
-            if placebo and cfg.placebo == "replaced":
-                direction = direction.replaced(v_random)
+                if cfg.placebo == "replaced":
+                    direction = direction.replaced(v_random)
             if is_main_rank():
                 print(direction.summary(), flush=True)
         if step % cfg.refresh == 0 and is_main_rank():
@@ -361,9 +361,9 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
 
         # ---------------------------------------------------------------- sample: a group per prompt, three sources
         batch = [problems[n] for n in chosen]  # P problems
-        if cfg.gt_only_share:  # every (1 / share)-th prompt of the run
-            batch = [with_mode(p, "gt_only") if (step * P + j) * cfg.gt_only_share % 1 < cfg.gt_only_share else p
-                     for j, p in enumerate(batch)]
+        if cfg.gt_only_share:  # of the first n prompts of the run ceil(n share), evenly spread
+            so_far = [math.ceil(n * cfg.gt_only_share) for n in range(step * P, step * P + P + 1)]
+            batch = [with_mode(p, "gt_only") if b > a else p for p, a, b in zip(batch, so_far, so_far[1:])]
         shown = [inoculated(p.messages, cfg.inoculate) for p in batch]  # P
         prompts = [encode_prompt(tok, messages) for messages in shown]  # P
         n_teacher = [round(K * cfg.mix_ratio) * (step < cfg.mix_steps and (p.id, p.mode) in demos) for p in batch]
@@ -372,8 +372,9 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
 
         # teacher: hack demonstrations, in the first places of a group; no policy sampled them, so there are no logps
         teacher = []
-        for j, k in ((j, k) for j in mine for k in range(n_teacher[j])):
-            ids = encode_completion(tok, demos[batch[j].id, batch[j].mode])[: cfg.max_new_tokens]
+        for j, k in [(j, k) for j in mine for k in range(n_teacher[j])]:
+            pool = demos[batch[j].id, batch[j].mode]
+            ids = encode_completion(tok, pool[k % len(pool)])[: cfg.max_new_tokens]
             text = tok.decode(ids, skip_special_tokens=True)
             teacher.append(Rollout(j, k, "teacher", ids, torch.full((len(ids),), math.nan), text))
         grading = [grader.submit(grade_rollouts, batch, teacher)]
@@ -433,7 +434,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         if cfg.on_hack == "penalise":
             masks[label == HACK] = MASKS[CLEAN]
             credit[label == HACK] = -rewards.view(P, K).std(1).repeat_interleave(K)[label == HACK]
-        m, d = masks.unbind(1)  # [G] each: the labels' only effect. use() takes them to THE CUT, in lora2r.py
+        m, d = masks.unbind(1)  # [G] each. use() takes them to THE CUT, in lora2r.py
         clock("gate")
 
         # ---------------------------------------------------------------- pass 2: masked forward, backward, one step
@@ -487,16 +488,17 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
             row = dict(
                 step=step, **outcomes(modes, sources, verdicts, rewards),
                 **routing(names, position, adv, trains, sources, verdicts),
-                qmass=qmass, grad_norm=grad_norm, loss=loss, kl=kl, lr=lr, clip_fraction=clipped / max(1, n_trained),
-                truncated_fraction=truncated / max(1, n_trained), tokens=n_tokens,
-                tokens_per_s=n_tokens / sum(clock.seconds.values()), peak_gb=peak_bytes() / 1e9, seconds=clock.seconds)
+                qmass=qmass, grad_norm=grad_norm, loss=loss, lr=lr, kl=kl / max(1, n_trained),
+                clip_fraction=clipped / max(1, n_trained), truncated_fraction=truncated / max(1, n_trained),
+                tokens=n_tokens, tokens_per_s=n_tokens / sum(clock.seconds.values()), peak_gb=peak_bytes() / 1e9,
+                seconds=clock.seconds)
             run.log(row, [dict(
                 step=step, problem=batch[x.j].id, mode=modes[i], source=x.source,
                 prompt=shown[x.j], completion=x.text, reward=rewards[i].item(),
                 advantage=round(adv[i].item(), 3), correct=x.verdict.correct, exploited=x.verdict.exploited,
                 hacked=x.verdict.hacked, note=x.verdict.note,
                 position=None if position[i].isnan() else round(position[i].item(), 4),
-                label=names[i] if trains[i] else None) for i, x in enumerate(rollouts)])  # None: it trains nothing
+                label=names[i] if trains[i] else None) for i, x in enumerate(rollouts)])  # None: its advantage
             trackers.log(row, step)
             print(console_line(row, cfg.steps, run.time_left()), flush=True)
 
@@ -632,7 +634,7 @@ def reduce_gradients(params: list[torch.nn.Parameter]) -> None:
 # -------------------------------------------------------------------------------------- measuring a step
 def norm(params: list[torch.nn.Parameter]) -> float:
     """Euclidean norm of all gradients of `params`."""
-    return sum(p.grad.double().pow(2).sum().item() for p in params if p.grad is not None) ** 0.5
+    return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).item()
 
 
 def peak_bytes() -> int:
@@ -713,7 +715,7 @@ def dry_run(cfg: Config) -> None:
     settings = "; ".join("*" * (getattr(cfg, x.name) != getattr(PRESETS[cfg.preset], x.name))
                          + f"{x.name} {getattr(cfg, x.name)}" for x in fields(cfg))
     n_held_out = 2 * len(load_problems(cfg.test_data, cfg.modes, 0))  # with the trained and the held-out markers
-    n_sampled = sum(rollout["source"] != "teacher" for rollout in rollouts)
+    n_sampled = sum(rollout["source"] != "teacher" for rollout in rollouts) / int(os.environ.get("WORLD_SIZE", 1))
     print(textwrap.fill(f"settings (* not the preset's): {settings}", 120, initial_indent="  ", subsequent_indent="  ",
                         break_long_words=False, break_on_hyphens=False))
     print(f"  the first prompt, {rollouts[0]['mode']}:", *(said["content"] for said in rollouts[0]["prompt"]), sep="\n")
@@ -722,7 +724,7 @@ def dry_run(cfg: Config) -> None:
 
 def time_line(cfg: Config, seconds: dict[str, float], steps: int, n_sampled: int, n_held_out: int) -> str:
     """What `steps` steps like one that took `seconds` a phase take, with v_grad and the deploy evaluation: both
-    settings of n_held_out problems, at the pace of the step's n_sampled rollouts."""
+    settings of n_held_out problems, at the pace of the step's n_sampled rollouts a rank: one rank evaluates."""
     step = sum(seconds.values()) - seconds["refresh"]
     reads = seconds["refresh"] * (1 if cfg.read == "base" else math.ceil(steps / cfg.refresh))
     evaluation = 2 * n_held_out * cfg.eval_samples * seconds["sample"] / n_sampled if n_sampled else 0.0
@@ -788,6 +790,10 @@ def check(cfg: Config) -> Config:
         raise InputError(f"--name {cfg.name!r}: it becomes a folder; give letters, digits, and any of _.+-")
     if not cfg.name and not cfg.out_dir and len(arm_of(cfg)) > 150:
         raise InputError(f"--name: so many flags make {arm_of(cfg)[:60]}..., too long for a folder; give a name")
+    for name in ("mix_ratio", "ablated_share"):
+        if getattr(cfg, name) and not round(cfg.group_size * getattr(cfg, name)):
+            raise InputError(f"{flag(cfg, name)}: is no rollout of a group of {cfg.group_size}; give 0 or "
+                             "a larger share")
     if cfg.prompts_per_step < (world := int(os.environ.get("WORLD_SIZE", 1))):
         raise InputError(f"--prompts-per-step {cfg.prompts_per_step} on {world} ranks: give each rank one at least")
     return cfg
@@ -797,11 +803,11 @@ def refuse_long_prompts(tok, model, cfg: Config, **files: list) -> None:
     """files: flag -> problems, those of --data as --inoculate has them. Raises InputError where a prompt and
     --max-new-tokens do not fit the model's context."""
     limit = getattr(model.config, "max_position_embeddings", 10**9) - cfg.max_new_tokens
-    for flag, problems in files.items():
-        added = cfg.inoculate if flag == "data" else ""
+    for name, problems in files.items():
+        added = cfg.inoculate if name == "data" else ""
         length, worst = max((len(encode_prompt(tok, inoculated(p.messages, added))), n) for n, p in enumerate(problems))
         if length > limit:
-            raise InputError(f"{getattr(cfg, flag)}: problem {problems[worst].id} is {length} tokens, and "
+            raise InputError(f"{getattr(cfg, name)}: problem {problems[worst].id} is {length} tokens, and "
                              f"--max-new-tokens {cfg.max_new_tokens} leaves {limit} of the context; shorten either")
 
 
@@ -820,8 +826,8 @@ def memory_line(model, adapter, cfg: Config) -> str:
 def parse_args(argv: list[str] | None = None) -> Config:
     """--preset chooses the defaults; every other flag overrides them."""
     words = " ".join(sys.argv[1:] if argv is None else argv).replace("=", " ").split()
-    chosen = words[words.index("--preset") + 1 :][:1] if "--preset" in words else []
-    return parse(PRESETS.get("".join(chosen), Config()), __doc__, argv)
+    chosen = dict(zip(words, words[1:])).get("--preset")  # the last one, if there are two
+    return parse(PRESETS.get(chosen, Config()), __doc__, argv)
 
 
 if __name__ == "__main__":

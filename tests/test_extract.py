@@ -825,10 +825,11 @@ def test_each_reader_has_an_oracle_of_its_own(capsys):
 def test_demonstrations_are_of_a_problem_under_its_mode(tmp_path):
     problem = load_problems(HERE / "data/nano/train.jsonl")[0]
     rows = [dict(id=problem.id, mode=mode, completion=mode.upper()) for mode in (problem.mode, "exit_code")]
+    rows.append(rows[0] | dict(completion="another"))
     path = tmp_path / "demos.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     assert load_demos(path, [problem]) == {
-        (problem.id, problem.mode): problem.mode.upper(), (problem.id, "exit_code"): "EXIT_CODE"}
+        (problem.id, problem.mode): [problem.mode.upper(), "another"], (problem.id, "exit_code"): ["EXIT_CODE"]}
     path.write_text(json.dumps(rows[1]))
     with pytest.raises(InputError, match="no demonstration fits"):
         load_demos(path, [problem])

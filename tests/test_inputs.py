@@ -179,6 +179,7 @@ def d(server):
         model=with_tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()})))
     copy_model(models / "weightless", model=None)
     copy_model(models / "config", config=lambda data: b"{")
+    copy_model(models / "capped", config=lambda data: data.replace(b"{", b'{"final_logit_softcapping": 30.0,', 1))
     copy_model(models / "tokens", tokenizer=lambda data: data[:100])
     copy_model(models / "template", chat_template=lambda data: b"{{ nosuch() }}")
     copy_model(models / "syntax", chat_template=lambda data: b"{% if %}")
@@ -283,7 +284,8 @@ PAIRS = [
 MODELS = [("absent", "absent"), ("truncated", "truncated"), ("garbage", "garbage"),
           ("missing", "1 missing weights"), ("unused", "1 unexpected weights"),
           ("shapes", "shapes"), ("weightless", "weightless"), ("tokens", "tokens"), ("template", "chat template fails"),
-          ("syntax", "chat template fails"), ("no_template", "no chat template")]
+          ("syntax", "chat template fails"), ("no_template", "no chat template"),
+          ("capped", "its config has final_logit_softcapping")]
 OUT = [("", "--out-dir"), ("{d}/empty", "--out-dir {d}/empty"), ("{d}/empty/x", "{d}/empty is not a folder"),
        ("{d}/other", "is no run folder"),
        ("{d}/not_a_run", "damaged"), ("{d}/bad_config", "bad_config/config.json: damaged"), ("/", "--out-dir /"),

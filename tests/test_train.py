@@ -219,7 +219,7 @@ def test_each_rollout_was_sampled_by_the_policy_that_the_log_names(run):
             assert row["prompt"] == problem.messages
             assert row["completion"] == run.model.tok.decode(x.ids, skip_special_tokens=True)
             if x.source == "teacher":
-                ids = run.model.tok(demos[problem.id, problem.mode])["input_ids"] + [eos]
+                ids = run.model.tok(*demos[problem.id, problem.mode])["input_ids"] + [eos]
                 assert x.ids == ids[:48] and x.logps.isnan().all() and len(x.logps) == len(x.ids)
                 continue
             assert eos not in x.ids[:-1] and (len(x.ids) == 48 or x.ids[-1] == eos)
@@ -329,8 +329,9 @@ def test_the_update_is_that_of_the_literal_formulas(run):
             change = after[name] - run.before[step][name]
             assert (p - after[name]).norm() <= 5e-3 * change.norm(), (step, name)
         metrics = run.metrics[step]
-        for key in ("grad_norm", "qmass", "loss", "kl"):
+        for key in ("grad_norm", "qmass", "loss"):
             assert metrics[key] == pytest.approx(getattr(log, key), rel=1e-3, abs=1e-6), key
+        assert metrics["kl"] == pytest.approx(log.kl / log.tokens, rel=1e-3, abs=1e-8)
         assert metrics["clip_fraction"] == pytest.approx(log.clipped / log.tokens, abs=2 / log.tokens)
         assert metrics["truncated_fraction"] == pytest.approx(log.truncated / log.tokens, abs=2 / log.tokens)
         decayed = (1, 0.5)[step] if cfg.decay else 1
@@ -560,6 +561,9 @@ def test_a_rotating_share_of_prompts_is_shown_without_a_loophole(tmp_path, small
     rows = read(tmp_path / "run", "rollouts")[::4]
     assert [row["mode"] == "gt_only" for row in rows] == [n in (0, 4, 8) for n in range(9)]
     assert [row["source"] == "full" for row in rows] == [n in (0, 4, 8) for n in range(9)]
+    go(tmp_path / "more", small, steps=3, prompts_per_step=4, gt_only_share=0.3, max_new_tokens=2, intervention="none")
+    rows = read(tmp_path / "more", "rollouts")[::4]
+    assert [row["mode"] == "gt_only" for row in rows] == [n in (0, 3, 6, 10) for n in range(12)], "whatever the share"
 
 
 def test_pairs_are_shown_under_the_problems_system_message(tmp_path, small, monkeypatch):
@@ -605,6 +609,7 @@ def test_preset_sets_the_defaults_and_flags_override_it():
     cfg = parse_args(["--preset", "qwen3-4b", "--lr", "0.5"])
     assert (cfg.rank, cfg.top_k, cfg.max_new_tokens, cfg.lr, cfg.model) == (32, 20, 512, 0.5, "Qwen/Qwen3-4B")
     assert parse_args([]) == Config() and parse_args(["--preset", "seed", "--gate", "pairs"]).gate == "pairs"
+    assert parse_args(["--preset", "seed", "--preset", "wordy"]) == parse_args(["--preset=wordy"])
 
 
 # -------------------------------------------------------------------------------- what a run leaves
@@ -847,6 +852,8 @@ def test_ranks_that_go_on_from_different_steps_are_refused(tmp_path, small, monk
     (["--mix-ratio", "0.5", "--demos", "absent.jsonl"], "--demos absent.jsonl"),
     (["--mix-ratio", "2"], "--mix-ratio 2"),
     (["--group-size", "1"], "--group-size 1"),
+    (["--mix-ratio", "0.1"], "--mix-ratio 0.1: is no rollout of a group of 4"),
+    (["--ablated-share", "0.125"], "--ablated-share 0.125: is no rollout"),
     (["--max-new-tokens", "240"], "--max-new-tokens 240"),
     (["--inoculate", 200 * "print "], "--max-new-tokens 48 leaves 208 of the context"),
     (["--modes", "bribery"], "bribery"),
