@@ -653,9 +653,9 @@ def run_code(code: str, task: str, cpu: int, *, setup: bytes, method: str, calls
         run, report = _exchange(request, cpu, room, fresh)
         if report:
             break
-    if not report and not checked:  # is it this completion that breaks the sandbox, or does nothing run here any more?
+    if not report and not checked:  # does this completion break the sandbox, or does nothing run here any more?
         _self_check.cache_clear()
-        _self_check()  # raises
+        _self_check()  # which raises then
     run.code = code
     for line in report.decode("ascii", "replace").split("\n"):
         word, what, true, text = (line.split(" ", 3) + [""] * 3)[:4]
@@ -1172,19 +1172,18 @@ def _watch(pid: int, pipes: dict[int, memoryview], rest: memoryview, changes: in
         for fd in pipes.keys() & events.keys():
             if not drain(fd):
                 poll.unregister(fd)
-        if changes in events:
-            made += _count_new(changes, watch, rest)
         done, status, usage = os.wait4(pid, os.WNOHANG)
-        if done:  # what it made since the last look counts, too
-            made += _count_new(changes, watch, rest)
-            stopped = 3 * (made > _MOST_FILES or watch < 0 and len(os.listdir(work)) > _MOST_FILES)
+        made += _count_new(changes, watch, rest)  # after the child's end, if this is it: its last files count, too
+        too_many = made > _MOST_FILES or watch < 0 and len(os.listdir(work)) > _MOST_FILES
+        if done:
+            stopped = 3 * too_many
             break
         used, passed = _cpu_seconds(pid), time.monotonic() - start
         if used > cpu:
             stopped = 1
         elif filled[report] == len(pipes[report]):
             stopped = 4
-        elif made > _MOST_FILES or watch < 0 and len(os.listdir(work)) > _MOST_FILES:
+        elif too_many:
             stopped = 3
         elif 0 in events or passed > 10 * wall or passed - used > wall and passed - used - _queued(pid) > wall:
             stopped = 2  # a child that other processes keep from the CPU may go on: verdicts do not depend on load

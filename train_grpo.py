@@ -498,7 +498,8 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
                 advantage=round(adv[i].item(), 3), correct=x.verdict.correct, exploited=x.verdict.exploited,
                 hacked=x.verdict.hacked, note=x.verdict.note,
                 position=None if position[i].isnan() else round(position[i].item(), 4),
-                label=names[i] if trains[i] else None) for i, x in enumerate(rollouts)])  # None: its advantage
+                label=names[i] if trains[i] else None)  # None: with its advantage it trains nothing
+                for i, x in enumerate(rollouts)])
             trackers.log(row, step)
             print(console_line(row, cfg.steps, run.time_left()), flush=True)
 
@@ -600,7 +601,7 @@ def is_main_rank() -> bool:
 
 
 def of_main_rank(make: Callable[[], Any]) -> Any:
-    """What make() returns on the main rank, on every rank. Made on each, what a sum's last bit decides could differ."""
+    """What make() returns on the main rank, on every rank. If each made its own, rounding could decide differently."""
     made = [make() if is_main_rank() else None]
     if dist.is_initialized():
         dist.broadcast_object_list(made)

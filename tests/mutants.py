@@ -202,6 +202,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "demos.setdefault((row[\"id\"], row[\"mode\"]), []).append(text)",
      "demos[row[\"id\"], row[\"mode\"]] = [text]", of("extract", "demonstrations_are_of_a_problem_under_its_mode")),
     (TRAIN, "pool[k % len(pool)])[: cfg.max_new_tokens]", "pool[k % len(pool)])", PLACES),
+    (TRAIN, "pool[k % len(pool)]", "pool[-1]", of("train", "several_demonstrations_of_a_problem_take_turns")),
     (TRAIN, "range(step * P, step * P + P + 1)", "range(P + 1)",
      of("train", "a_rotating_share_of_prompts_is_shown_without_a_loophole")),
     (TRAIN, "system = problems[0].messages[:-1]", "system = []",

@@ -553,6 +553,16 @@ def test_who_fills_the_places_of_a_group(tmp_path, small, mix, ablated, places):
     assert sources[8:] == 2 * [names["a" if k >= 4 - 4 * ablated else "f"] for k in range(4)]
 
 
+def test_several_demonstrations_of_a_problem_take_turns(tmp_path, small):
+    demos = [json.loads(line) for line in open(Config().demos)]
+    (tmp_path / "demos.jsonl").write_text("".join(
+        json.dumps(row | dict(completion=text)) + "\n" for row in demos for text in ("a", "b")))
+    go(tmp_path / "run", small, demos=tmp_path / "demos.jsonl", mix_ratio=0.75, prompts_per_step=2, intervention="none",
+       max_new_tokens=2)
+    rows = read(tmp_path / "run", "rollouts")
+    assert [row["completion"] for row in rows if row["source"] == "teacher"] == 2 * ["a", "b", "a"]
+
+
 def test_a_rotating_share_of_prompts_is_shown_without_a_loophole(tmp_path, small):
     """A quarter of them: of 9 prompts in three steps the first, the fifth and the ninth. Nobody demonstrates a hack
     there."""
