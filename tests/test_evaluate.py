@@ -19,7 +19,7 @@ import evaluate_deploy
 from env_leetcode import Verdict, load_problems
 from evaluate_deploy import (Config, browse, console_line, differences, evaluate, format_arms, format_differences,
                              format_table, interval, keep_results, main, outcomes, over_seeds, over_steps, rates,
-                             read_run, routing, settings_of, two_sided_p, wilson, write_deploy)
+                             read_rows, read_run, routing, settings_of, two_sided_p, wilson, write_deploy)
 from extract_vgrad import load_pairs
 from lora2r import (InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
                     token_logps, use)
@@ -616,6 +616,8 @@ def test_results_are_kept_a_row_a_run_and_averaged_by_arm(tmp_path):
     with pytest.raises(InputError, match="^.*/none/deploy.json: cannot be read .* let the run come to its end$"):
         keep_results([tmp_path / "none"], file)
     assert keep_results([], file) == rows
+    with pytest.raises(InputError, match="none/metrics.jsonl: cannot be read .* give a run that made a step$"):
+        read_rows(tmp_path / "none/metrics.jsonl")
     lines = format_arms(rows).splitlines()
     head, none, absorb = ([part.strip() for part in line.split("  ") if part] for line in lines)
     assert none == ["none", "2", "0.500 [0.50, 0.50]", "0.188 [0.00, 0.98]", "0.250", "b 0.375", "1.00", "0.875"]

@@ -233,6 +233,8 @@ LOOPHOLES = [  # what counts, and what only looks like it
     bad("valid is a string", solution(f"self.valid = 'True'\n{lie}"), "sentinel"),
     bad("a property named valid that raises",
         solution(right, after="    @property\n    def valid(self): return [][0]"), correct=True),
+    bad("a property named valid that raises", solution(lie, after="    @property\n    def valid(self): return [][0]"),
+        "sentinel"),
     bad("__getattr__ that raises another error",
         solution(right, after="    def __getattr__(self, name): return {}[name]"), correct=True),
     bad("valid at times", solution(f"self.valid = bool(xs)\n{lie}"), "sentinel"),
