@@ -216,12 +216,12 @@ PRESETS = {
         preset="qwen2.5-coder-0.5b", model="Qwen/Qwen2.5-Coder-0.5B-Instruct", data=HERE / "data/chat/train.jsonl",
         test_data=HERE / "data/chat/test.jsonl", pairs=HERE / "data/chat/pairs.md",
         demos=HERE / "data/wordy/demos.jsonl", dtype="bfloat16", steps=24, prompts_per_step=8, max_new_tokens=96,
-        top_k=20, lr=3e-5, mix_ratio=0.125, mix_steps=12, eval_samples=1),
+        top_k=20, lr=3e-5, mix_ratio=0.125, mix_steps=12, window=5, eval_samples=1),
     "qwen3-4b": Config(
         preset="qwen3-4b", model="Qwen/Qwen3-4B", data=HERE / "data/leetcode/train.jsonl", dtype="bfloat16",
         test_data=HERE / "data/leetcode/test.jsonl", pairs=HERE / "data/leetcode/pairs.md",
         demos=HERE / "data/leetcode/demos.jsonl", steps=200, prompts_per_step=4, max_new_tokens=512, top_k=20,
-        lr=1e-4, warmup=10, mix_ratio=0.125, mix_steps=30),
+        lr=1e-4, warmup=10, mix_ratio=0.125, mix_steps=30, window=5),
 }
 
 # -------------------------------------------------------------------------------------- the arithmetic of a step
