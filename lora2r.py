@@ -816,5 +816,17 @@ def predicted_memory(model, adapter: Adapter, tokens: int, checkpointing: bool =
     return sum(frozen.values()), 4 * trained, int(constant + tokens * slope + logits)
 
 
+def sampling_memory(model, adapter: Adapter, rows: int, prompt: int, room: int) -> tuple[int, int]:
+    """Bytes of (the folded weights, the keys and values of so many rollouts with prompts and room for so many tokens).
+
+    As on a GPU, where the prompts' are there twice when their copy of fixed size is made; sliding windows keep less.
+    """
+    config = model.config.get_text_config()
+    weights = [module.base.weight for module in adapter.modules.values()]
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * weights[0].element_size()
+    return sum(weight.nbytes for weight in weights), rows * (2 * prompt + room) * a_token
+
+
 if __name__ == "__main__":
     print(__doc__.strip())

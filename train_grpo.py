@@ -45,7 +45,8 @@ from evaluate_deploy import (LEGEND, RunFolder, console_line, evaluate, format_t
                              settings_of, write_deploy)
 from extract_vgrad import cosines, count, encode_pairs, extract, features, haar, load_demos, load_pairs
 from lora2r import (HERE, InputError, attach, batches, check_ranges, encode_completion, encode_prompt, flag, folded,
-                    first_line, generate, load_model, parse, predicted_memory, prefill, run_script, token_logps, use)
+                    first_line, generate, load_model, parse, predicted_memory, prefill, run_script, sampling_memory,
+                    token_logps, use)
 
 
 @dataclass
@@ -318,7 +319,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     demos = load_demos(cfg.demos, problems) if cfg.mix_ratio else {}
     device = start_ranks(cfg.device)
     model, tok = load_model(cfg.model, device, cfg.dtype)
-    refuse_long_prompts(tok, model, cfg, data=problems, test_data=held_out["held-out"])
+    longest = longest_prompt(tok, model, cfg, data=problems, test_data=held_out["held-out"])
     system = problems[0].messages[:-1]  # the pairs' prompts get the same system message as the problems'
     pair_prompts, sides = encode_pairs(model, tok, pairs, system)
     adapter = attach(model, cfg.rank, cfg.seed)
@@ -331,7 +332,7 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
         run.open(start)
         trackers = Trackers(cfg, run, start)
         print(f"{arm}, seed {cfg.seed}: {len(problems)} problems, {len(adapter)} modules, r = {cfg.rank} -> {path}\n"
-              f"  {count(pairs) if pairs else 'no pairs'}\n{memory_line(model, adapter, cfg)}\n{LEGEND}")
+              f"  {count(pairs) if pairs else 'no pairs'}\n{memory_line(model, adapter, longest, cfg)}\n{LEGEND}")
 
     if cfg.checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
@@ -800,28 +801,34 @@ def check(cfg: Config) -> Config:
     return cfg
 
 
-def refuse_long_prompts(tok, model, cfg: Config, **files: list) -> None:
-    """files: flag -> problems, those of --data as --inoculate has them. Raises InputError where a prompt and
-    --max-new-tokens do not fit the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", 10**9) - cfg.max_new_tokens
+def longest_prompt(tok, model, cfg: Config, **files: list) -> int:
+    """Its number of tokens. files: flag -> problems, those of --data as --inoculate has them. Raises InputError where a
+    prompt and --max-new-tokens do not fit the model's context."""
+    limit, longest = getattr(model.config, "max_position_embeddings", 10**9) - cfg.max_new_tokens, 0
     for name, problems in files.items():
         added = cfg.inoculate if name == "data" else ""
         length, worst = max((len(encode_prompt(tok, inoculated(p.messages, added))), n) for n, p in enumerate(problems))
         if length > limit:
             raise InputError(f"{getattr(cfg, name)}: problem {problems[worst].id} is {length} tokens, and "
                              f"--max-new-tokens {cfg.max_new_tokens} leaves {limit} of the context; shorten either")
+        longest = max(longest, length)
+    return longest
 
 
-def memory_line(model, adapter, cfg: Config) -> str:
-    """Numbers of parameters, and predicted memory of the update."""
+def memory_line(model, adapter, longest: int, cfg: Config) -> str:
+    """Numbers of parameters, and predicted memory of the update and of sampling. longest: of the prompts, in tokens."""
     deployed, quarantine = (sum(p.numel() for p in block)
                             for block in (adapter.deployed_parameters(), adapter.quarantine_parameters()))
     base = sum(p.numel() for p in model.parameters()) - deployed - quarantine
-    predicted = predicted_memory(model, adapter, cfg.tokens_per_batch, cfg.checkpointing)
-    weights, trained, batch = (n / 1e9 for n in predicted)
+    weights, trained, batch = predicted_memory(model, adapter, cfg.tokens_per_batch, cfg.checkpointing)
+    rows = cfg.prompts_per_step * round(cfg.group_size * max(cfg.ablated_share, 1 - cfg.ablated_share))
+    copy, cache = sampling_memory(model, adapter, rows, longest, cfg.max_new_tokens)
+    both = f"= weights {weights / 1e9:.2f} + adapter, gradients, moments {trained / 1e9:.2f} +"
     return (f"  parameters: base {base:,}, deployed {deployed:,}, quarantine {quarantine:,}\n"
-            f"  memory: {sum(predicted) / 1e9:.2f} GB = weights {weights:.2f} + adapter with gradients and moments "
-            f"{trained:.2f} + micro-batch of {cfg.tokens_per_batch} tokens {batch:.2f}")
+            f"  memory: sampling {(weights + trained + copy + cache) / 1e9:.2f} GB {both} folded weights "
+            f"{copy / 1e9:.2f} + keys and values {cache / 1e9:.2f}\n"
+            f"          update   {(weights + trained + batch) / 1e9:.2f} GB {both} micro-batch of "
+            f"{cfg.tokens_per_batch} tokens {batch / 1e9:.2f}")
 
 
 def parse_args(argv: list[str] | None = None) -> Config:

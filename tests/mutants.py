@@ -92,6 +92,7 @@ GRAPH = of("lora2r", "a_graph_is_for_models_whose_layers_attend_to_everything")
 FOLDED = of("lora2r", "folded_forward_equals_the_blocks_and_is_undone_bit_exactly")
 OWN_NOISE = of("evaluate", "a_rollout_depends_on_its_own_noise_only")
 MEMORY = of("extract", "predicted_memory_is_what_autograd_keeps")
+SAMPLING = of("lora2r", "predicted_memory_of_sampling_is_that_of_a_graph")
 NLL = of("extract", "grpo_gradient_of_a_pair_is_the_difference_of_two_nll_gradients")
 COSINES = of("extract", "cosines_are_per_module_and_blind_to_length")
 MEAN = of("extract", "direction_is_the_mean_of_differences_normalised_per_pair_and_module")
@@ -465,6 +466,11 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
      of("lora2r", "save_into_a_missing_folder_says_so_and_a_failed_save_keeps_the_old_file")),
     (LORA, "sum(frozen.values()), 4 * trained,", "sum(frozen.values()), 3 * trained,", MEMORY),
     (LORA, "int(constant + tokens * slope + logits)", "int(constant + tokens * slope)", MEMORY),
+    (LORA, "rows * (2 * prompt + room) * a_token", "rows * (prompt + room) * a_token", SAMPLING),
+    (LORA, 'getattr(config, "head_dim", None) or config', "config", SAMPLING),
+    (TRAIN, "max(cfg.ablated_share, 1 - cfg.ablated_share)", "cfg.ablated_share", DRY),
+    (TRAIN, "sampling {(weights + trained + copy + cache)", "sampling {(weights + trained + copy)", DRY),
+    (TRAIN, "longest = max(longest, length)", "longest = length", DRY),
 
     # ---------------------------------------------------------------- extract_vgrad.py
     (EXTRACT, '"base": dict(off=True)', '"base": dict(m=False)', READS),

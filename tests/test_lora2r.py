@@ -15,7 +15,8 @@ from transformers import (AutoModelForCausalLM, DynamicCache, Gemma3Config, Gemm
 import lora2r
 from evaluate_deploy import export
 from lora2r import (HERE, Adapter, InputError, Lora2rLinear, ablate, attach, batches, folded, generate, load,
-                    load_model, peek, predicted_memory, prefill, replayed, run_script, save, token_logps, use)
+                    load_model, peek, predicted_memory, prefill, replayed, run_script, sampling_memory, save,
+                    token_logps, use)
 
 SIZES = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=61,
              max_position_embeddings=64, initializer_range=0.2, rms_norm_eps=1e-6, pad_token_id=0, bos_token_id=1,
@@ -570,6 +571,22 @@ def test_sampled_and_trained_log_probabilities_are_those_of_hugging_face(kind, r
             expected = logps[len(prompts[i]) - 1:]
             torch.testing.assert_close(sampled[i], expected, rtol=0, atol=1e-5)
             torch.testing.assert_close(trained[j][is_completion[j]], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, dtype", [("llama", torch.float32), ("qwen3", torch.bfloat16)])
+def test_predicted_memory_of_sampling_is_that_of_a_graph(kind, dtype, monkeypatch):
+    """The prompts' keys and values, repeated for their rollouts, beside the copy of fixed size; and the linear layers'
+    second weights."""
+    monkeypatch.setitem(KINDS, "qwen3", (Qwen3ForCausalLM, dict(head_dim=16)))  # no layer slides; 2 x 32 / 4
+    model, adapter = tiny_adapter(kind, dtype)
+    caches, originals = [], {name: getattr(lora2r, name) for name in ("DynamicCache", "StaticCache")}
+    for name, made in originals.items():
+        monkeypatch.setattr(lora2r, name, lambda made=made, **kwargs: caches.append(made(**kwargs)) or caches[-1])
+    monkeypatch.setattr(lora2r, "REPLAYED", ("cpu",))
+    generate(model, SimpleNamespace(eos_token_id=-1), [[3, 4, 5, 6, 7]] * 3, [2] * 3, torch.rand(6, 20), 0.7)
+    held = [layer.keys.nbytes + layer.values.nbytes for cache in caches for layer in cache.layers]
+    weights = [p.nbytes for name, p in model.named_parameters() if name.endswith("proj.base.weight")]
+    assert len(caches) == 2 and sampling_memory(model, adapter, 6, 5, 20) == (sum(weights), sum(held))
 
 
 def test_a_graph_is_for_models_whose_layers_attend_to_everything():

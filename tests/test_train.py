@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import reference
 import train_grpo
-from env_leetcode import MODES, Verdict, grade_batch, load_problems
+from env_leetcode import DEFAULT_MODES, MODES, Verdict, grade_batch, load_problems
 from extract_vgrad import haar, load_demos, load_pairs
-from lora2r import InputError, Lora2rLinear, peek
+from lora2r import InputError, Lora2rLinear, encode_prompt, load_model, peek
 from train_grpo import (CLEAN, HACK, HERE, LABELS, MASKS, MID, Config, advantages, draws, match_shares,
                         oracle_labels, parse_args, policy_loss, train)
 
@@ -724,18 +724,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, small, monkeypatch):
     assert read(tmp_path / "cut", "rollouts") == read(tmp_path / "whole", "rollouts")
 
 
-def test_a_dry_run_says_what_a_run_would_be_and_writes_nothing(tmp_path, small, capsys):
+def test_a_dry_run_says_what_a_run_would_be_and_writes_nothing(tmp_path, small, capsys, monkeypatch):
     """Beside an older run, which stays as it is."""
     train(Config(**small, out_dir=tmp_path / "run"))
+    asked = []
+    monkeypatch.setattr(train_grpo, "sampling_memory", lambda *args: asked.append(args[2:]) or (int(4e9), int(9e9)))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert train(Config(**small | dict(out_dir=tmp_path / "run", dry_run=True, eval_samples=2, steps=7))) is None
+    changed = dict(out_dir=tmp_path / "run", dry_run=True, eval_samples=2, steps=7, ablated_share=0.25)
+    assert train(Config(**small | changed)) is None
     out = capsys.readouterr().out
     settings = " ".join(out.split("preset's): ")[1].split("the first prompt")[0].split()).split("; ")
     assert "*steps 7" in settings and "rank 32" in settings, out
-    differ = {*small, "dry_run", "out_dir"} - {"eval_samples"}  # which is the preset's here
+    differ = {*small, *changed} - {"eval_samples"}  # which is the preset's here
     assert {x.split()[0] for x in settings if x.startswith("*")} == {f"*{name}" for name in differ}
-    assert "base 886,144, deployed 311,296, quarantine 311,296" in out and "memory:" in out
+    assert "base 886,144, deployed 311,296, quarantine 311,296" in out and "sampling 13.0" in out
+    tok = load_model(str(HERE / "data/nano"))[1]
+    longest = [max(len(encode_prompt(tok, p.messages)) for p in load_problems(small[name], DEFAULT_MODES, 0, **names))
+               for name, names in (("data", {}), ("test_data", dict(heldout_markers=True)))]
+    assert longest[0] > longest[1] and asked == [(12, longest[0], 48)]
     assert "will be graded by" in out.partition("the first prompt")[2] and "7 steps of" in out
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
