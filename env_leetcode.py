@@ -747,8 +747,15 @@ class _Batch:
         self.busy: set[_Zygote] = set()
         self.over = False  # interrupted
 
+    def end(self) -> None:
+        """End what runs, drop what waits."""
+        self.over = True
+        for zygote in list(self.busy):
+            zygote.process.kill()
+
 
 _idle: list[_Zygote] = []
+_batches: set[_Batch] = set()  # that go on
 if not IS_ZYGOTE:
     _thread = threading.local()  # .batch: the _Batch that a thread works for
 
@@ -758,6 +765,7 @@ def in_turns(work: Callable[[Any], Any], items: Sequence, workers: int | None = 
     _self_check()
     workers = workers or len(os.sched_getaffinity(0))
     batch, pool = _Batch(workers), ThreadPoolExecutor(workers + 4)
+    _batches.add(batch)
 
     def take(item: Any) -> Any:
         _thread.batch = batch
@@ -765,13 +773,27 @@ def in_turns(work: Callable[[Any], Any], items: Sequence, workers: int | None = 
 
     try:
         return list(pool.map(take, items))
-    except BaseException:  # Ctrl-C: end what runs, drop what waits
-        batch.over = True
-        for zygote in list(batch.busy):
-            zygote.process.kill()
+    except BaseException:  # Ctrl-C
+        batch.end()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        _batches.discard(batch)
+
+
+@contextlib.contextmanager
+def background() -> Iterator[ThreadPoolExecutor]:
+    """A thread to grade in. What ends the block early, such as Ctrl-C, ends its gradings, too."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for batch in list(_batches):
+            batch.end()
+        raise
+    finally:
+        pool.shutdown()
 
 
 def _exchange(request: bytes, cpu: int, room: int, fresh: bool) -> tuple[Run, bytes]:

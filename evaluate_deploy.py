@@ -24,7 +24,6 @@ import os
 import shlex
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -37,7 +36,7 @@ import tyro
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from env_leetcode import Problem, Verdict, grade_batch, load_problems
+from env_leetcode import Problem, Verdict, background, grade_batch, load_problems
 from extract_vgrad import auroc
 from lora2r import (HERE, Adapter, InputError, attach, bar, check_ranges, encode_prompt, factors, first_line, flag,
                     folded, generate, load, load_model, located, parse, peek, portable, read_text, run_script, save,
@@ -64,7 +63,7 @@ def evaluate(model, tok, adapter: Adapter | None, problems: list[Problem], setti
     """
     noise = torch.rand(len(problems), samples, max_new, generator=torch.Generator().manual_seed(seed))
     prompts = [encode_prompt(tok, p.messages) for p in problems]
-    with folded(adapter, quarantine=setting == "full") if adapter else nullcontext(), ThreadPoolExecutor(1) as grader:
+    with folded(adapter, quarantine=setting == "full") if adapter else nullcontext(), background() as grader:
         grading = []  # of one part while the next is being sampled
         for part in bar([slice(i, i + 64) for i in range(0, len(problems), 64)], f"evaluation, {setting}"):
             n = [samples] * len(problems[part])

@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from env_leetcode import DEFAULT_MODES, Verdict, grade_batch, load_problems, with_mode
+from env_leetcode import DEFAULT_MODES, Verdict, background, grade_batch, load_problems, with_mode
 from evaluate_deploy import (LEGEND, RunFolder, console_line, evaluate, format_table, outcomes, read_rows, routing,
                              settings_of, write_deploy)
 from extract_vgrad import cosines, count, encode_pairs, extract, features, haar, load_demos, load_pairs
@@ -304,13 +304,13 @@ def train(cfg: Config) -> Path | None:
         return dry_run(cfg)
     arm = cfg.name or arm_of(cfg)
     path = cfg.out_dir or Path("runs") / f"{arm}_seed{cfg.seed}"
-    with RunFolder(path, dict(arm=arm, **asdict(cfg))) as run:
-        train_in(run, cfg, arm, path)
+    with RunFolder(path, dict(arm=arm, **asdict(cfg))) as run, background() as grader:
+        train_in(run, grader, cfg, arm, path)
     return path
 
 
-def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
-    """train(), once flags and folder are known to be good."""
+def train_in(run: RunFolder, grader: ThreadPoolExecutor, cfg: Config, arm: str, path: Path) -> None:
+    """train(), once flags and folder are known to be good. grader: grades what is sampled while the rest is sampled."""
     placebo = cfg.routeV_random_v_seed is not None
     problems = load_problems(cfg.data, cfg.modes, cfg.seed)
     held_out = {markers: load_problems(cfg.test_data, cfg.modes, 0, heldout_markers=markers == "held-out")
@@ -341,7 +341,6 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
     if cfg.expert_steps and not run.goes_on:
         seed_expert(model, adapter, pair_prompts, sides[len(pairs) :], cfg)
     P, K, G = cfg.prompts_per_step, cfg.group_size, cfg.prompts_per_step * cfg.group_size
-    grader = ThreadPoolExecutor(1)  # grades what is sampled while the rest of the step is being sampled
     for step, (chosen, noise) in enumerate(islice(draws(cfg, len(problems)), start, cfg.steps), start):
         clock = Clock()
         # what is drawn by lot, the same on all ranks
@@ -504,7 +503,6 @@ def train_in(run: RunFolder, cfg: Config, arm: str, path: Path) -> None:
             trackers.log(row, step)
             print(console_line(row, cfg.steps, run.time_left()), flush=True)
 
-    grader.shutdown()
     if is_main_rank():
         run.checkpoint(cfg.steps)
         if cfg.eval_samples:

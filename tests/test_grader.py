@@ -1086,9 +1086,16 @@ def folders_of(pid: int) -> list[str]:
     return [name for name in os.listdir(env.work_root()) if name.startswith(f"vgrout-{pid}-")]
 
 
-def test_ctrl_c_ends_a_batch_at_once(tmp_path):
-    loops = numbered(solution("while True: pass"), 12)
-    process = trainer(tmp_path, f"print('ready', flush=True)\nenv.grade_batch([problem] * 12, {loops!r}, workers=2)")
+@pytest.mark.parametrize("where", ["here", "in the background"])
+def test_ctrl_c_ends_a_batch_at_once(tmp_path, where):
+    """And what waits for it, if batches are graded while something else goes on."""
+    batch = f"[problem] * 12, {numbered(solution('while True: pass'), 12)!r}, workers=2)"
+    code = f"env.grade_batch({batch}" if where == "here" else f"""
+with env.background() as grader:
+    for _ in range(2):
+        grader.submit(env.grade_batch, {batch}
+    time.sleep(60)"""
+    process = trainer(tmp_path, "print('ready', flush=True)\n" + code)
     process.stdout.readline()
     wait_for(lambda: len([c for z in children(process.pid) for c in children(z)]) >= 2)
     start = time.monotonic()
