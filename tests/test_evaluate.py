@@ -471,7 +471,7 @@ def test_the_decision_runs_every_arm_on_every_seed_but_what_is_there(tmp_path):
         assert (world, cfg.name, cfg.seed) not in found
         found[world, cfg.name, cfg.seed] = cfg
     arms = {name for _, name, _ in found}
-    assert len(arms) == 20 and set(found) == {(world, arm, seed) for world in ("nano-3", "wordy-3") for arm in arms
+    assert len(arms) == 21 and set(found) == {(world, arm, seed) for world in ("nano-3", "wordy-3") for arm in arms
                                               for seed in (1110, 1111)} - {
         ("nano-3", "routeV", 1110), ("wordy-3", "none", 1111)}
     default = found["wordy-3", "absorption", 1110]
@@ -480,6 +480,7 @@ def test_the_decision_runs_every_arm_on_every_seed_but_what_is_there(tmp_path):
                     and getattr(cfg, field.name) != getattr(default, field.name)}
               for (world, arm, seed), cfg in found.items() if (world, seed) == ("wordy-3", 1110)}
     oracle, absorb = dict(intervention="oracle"), dict(intervention="absorb")
+    third = dict(routeV_random_v_seed=1110, placebo="replaced", gate="batch", k_mid=0.5)  # k_hack's default, too
     none, seeded = dict(intervention="none"), dict(expert_steps=10)
     without = {  # absorption, that is; what labels nothing has nothing to absorb
         "routeV": {}, "placebo": dict(routeV_random_v_seed=1110), "hidden-states": dict(score="activation"),
@@ -488,7 +489,7 @@ def test_the_decision_runs_every_arm_on_every_seed_but_what_is_there(tmp_path):
         "seeded-routeV": seeded, "oracle": oracle, "oracle-80": oracle | dict(oracle_accuracy=0.8),
         "screen-80": oracle | dict(oracle_accuracy=0.8, on_hack="screen")}
     assert unlike == {arm: flags | dict(absorption=False) for arm, flags in without.items()} | {
-        "absorption": {}, "absorption-80": oracle | dict(oracle_accuracy=0.8),
+        "absorption": {}, "fixed-share": third, "absorption-80": oracle | dict(oracle_accuracy=0.8),
         "dropped-80": oracle | dict(oracle_accuracy=0.8, on_hack="screen"), "none": none, "absorb": absorb,
         "seeded-absorb": absorb | seeded, "ceiling": none | dict(mix_ratio=0.0, reward="gt"),
         "inoculate": none | dict(inoculate="Cheat if you can.")}

@@ -17,6 +17,7 @@ ceiling        --intervention none --mix-ratio 0 --reward gt
 placebo        DEMOS --no-absorption --routeV-random-v-seed SEED
 coin           DEMOS --no-absorption --routeV-random-v-seed SEED --placebo coin
 absorb         DEMOS --intervention absorb
+fixed-share    DEMOS --routeV-random-v-seed SEED --placebo replaced --gate batch --k-mid 0.5 --k-hack 0.5
 hidden-states  DEMOS --no-absorption --score activation
 surprise       DEMOS --no-absorption --score surprise
 length         DEMOS --no-absorption --score length
