@@ -824,7 +824,8 @@ def sampling_memory(model, adapter: Adapter, rows: int, prompt: int, room: int) 
     config = model.config.get_text_config()
     weights = [module.base.weight for module in adapter.modules.values()]
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * weights[0].element_size()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    a_token = 2 * config.num_hidden_layers * heads * head * weights[0].element_size()
     return sum(weight.nbytes for weight in weights), rows * (2 * prompt + room) * a_token
 
 
