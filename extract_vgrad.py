@@ -605,7 +605,7 @@ def read_rollouts(direction: Direction, n_haar: int, model, adapter: Adapter, pr
     for i in range(0, len(prompts), 32):
         x = features(model, adapter, prompts[i : i + 32], completions[i : i + 32], window=direction.window, **reading)
         random = haar_scores(x - direction.centre, n_haar, direction.share)
-        parts.append((direction.position(x, "pairs"), whole(x), random))
+        parts.append((direction.position(x, "pairs"), whole(x).clone(), random))  # a view would keep all of x
     position, features_whole, random = zip(*parts)
     return Reading(torch.cat(position), torch.cat(features_whole), torch.cat(random, 1))
 
