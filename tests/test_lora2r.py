@@ -166,6 +166,7 @@ def test_vision_tower_is_not_adapted():
     assert len(adapter) == 7 and all(name.startswith("model.language_model.layers.") for name in adapter.modules)
     assert torch.equal(model(tokens()).logits, before)
     assert min(predicted_memory(model, adapter, 100, checkpointing=True)) > 0
+    assert min(sampling_memory(model, adapter, 2, 5, 9)) > 0
 
 
 def test_adapter_is_fp32_on_a_bf16_base_and_depends_on_the_seed_alone():
