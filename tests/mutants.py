@@ -636,6 +636,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (EXTRACT, "unit(x), v) / len(v[0])", "unit(x), v)", AT_ONCE),
     (EXTRACT, "haar_scores(x - direction.centre, n_haar, direction.share)\n",
      "haar_scores(x, n_haar, direction.share)\n", FEW),
+    (EXTRACT, "whole(x).clone(), random", "whole(x), random", FEW),
     (EXTRACT, "haar_scores(x - direction.centre, n_haar, direction.share)\n",
      "haar_scores(x - direction.centre, n_haar)\n", FEW),
     (EXTRACT, "haar_scores(x - direction.centre, n_haar, direction.share)\n",

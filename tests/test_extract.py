@@ -692,15 +692,20 @@ def test_each_reader_reads_rollouts_as_it_reads_the_pairs(tmp_path, monkeypatch)
     assert of_rollouts == [(score, found.window) for score, found in seen.items()] + [("surprise", None)]
 
 
-def test_rollouts_are_read_a_few_at_a_time(nano):
-    """Of 44 their positions, whole features and random scores are those of all at once, in order."""
+def test_rollouts_are_read_a_few_at_a_time(nano, monkeypatch):
+    """Of 44 their positions, whole features and random scores are those of all at once, in order; of the first few no
+    window is kept in memory."""
     model, tok, adapter = nano
     prompts, clean, hack = zip(*(tokens(tok, pair) for pair in PAIRS[::2]))
     prompts, answers = prompts * 2, clean + hack
     d = extract(model, tok, adapter, PAIRS[::2])
     x = features(model, adapter, prompts, answers, window=5)  # [44, 1 + W, M, r]
     assert d.share == 0.5
+    parts, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda tensors, *a, **k: parts.extend(tensors) or cat(tensors, *a, **k))
     read = read_rollouts(d, 4, model, adapter, prompts, answers, score="gradient")
+    kept = [part.untyped_storage().nbytes() / part.nbytes for part in parts if part.shape[1:] == x.shape[2:]]
+    assert kept == [1, 1], "views of all windows"
     close = dict(rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(read.position, d.position(x, "pairs"), **close)
     torch.testing.assert_close(read.whole, whole(x), **close)
