@@ -470,6 +470,8 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (LORA, "int(constant + tokens * slope + logits)", "int(constant + tokens * slope)", MEMORY),
     (LORA, "rows * (2 * prompt + room) * a_token", "rows * (prompt + room) * a_token", SAMPLING),
     (LORA, 'getattr(config, "head_dim", None) or config', "config", SAMPLING),
+    (LORA, "or config.num_attention_heads\n    a_token", "or 1\n    a_token", SAMPLING),
+    (TRAIN, "mix_steps=12, window=5,", "mix_steps=12,", of("train", "preset_sets_the_defaults_and_flags_override_it")),
     (TRAIN, "max(cfg.ablated_share, 1 - cfg.ablated_share)", "cfg.ablated_share", DRY),
     (TRAIN, "sampling {(weights + trained + copy + cache)", "sampling {(weights + trained + copy)", DRY),
     (TRAIN, "longest = max(longest, length)", "longest = length", DRY),

@@ -645,7 +645,7 @@ def test_batch_keeps_the_order_and_grades_equal_pairs_alike(problem):
     under = {mode: env.with_mode(problem, mode) for mode in modes}
     verdicts = env.grade_batch([under[m] for m in modes], answers)
     assert [v.reward for v in verdicts] == [3.5, 0.5, 0.0, 3.5, 3.5] * 5
-    assert env.grade_batch([], []) == []
+    assert env.grade_batch([], []) == [] and not env._batches
     with pytest.raises(ValueError, match="1 problems, but 2 completions"):
         env.grade_batch([problem], ["", ""])
 

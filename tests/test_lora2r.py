@@ -588,6 +588,8 @@ def test_predicted_memory_of_sampling_is_that_of_a_graph(kind, dtype, monkeypatc
     held = [layer.keys.nbytes + layer.values.nbytes for cache in caches for layer in cache.layers]
     weights = [p.nbytes for name, p in model.named_parameters() if name.endswith("proj.base.weight")]
     assert len(caches) == 2 and sampling_memory(model, adapter, 6, 5, 20) == (sum(weights), sum(held))
+    model.config.num_key_value_heads = None  # in place of 2: a model that does not group its 4 heads
+    assert sampling_memory(model, adapter, 6, 5, 20) == (sum(weights), 2 * sum(held))
 
 
 def test_a_graph_is_for_models_whose_layers_attend_to_everything():

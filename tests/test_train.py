@@ -620,6 +620,8 @@ def test_preset_sets_the_defaults_and_flags_override_it():
     assert (cfg.rank, cfg.top_k, cfg.max_new_tokens, cfg.lr, cfg.model) == (32, 20, 512, 0.5, "Qwen/Qwen3-4B")
     assert parse_args([]) == Config() and parse_args(["--preset", "seed", "--gate", "pairs"]).gate == "pairs"
     assert parse_args(["--preset", "seed", "--preset", "wordy"]) == parse_args(["--preset=wordy"])
+    windows = {name: preset.window for name, preset in train_grpo.PRESETS.items()}  # a real model is read in fives
+    assert windows == {"nano": None, "wordy": None, "seed": 0, "qwen2.5-coder-0.5b": 5, "qwen3-4b": 5}
 
 
 # -------------------------------------------------------------------------------- what a run leaves
