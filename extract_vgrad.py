@@ -28,7 +28,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -289,6 +289,13 @@ def encode_pairs(model, tok, pairs: list["Pair"], system: list[dict] = ()) -> tu
             raise InputError(f"--pairs: pair {pair.name!r} is {len(prompt) + len(side)} tokens long, and the model's "
                              f"context has {limit}; shorten it")
     return prompts, sides
+
+
+def check_window(config: Any) -> None:
+    """Raises InputError for flags --window and --probe-tokens that contradict each other."""
+    if config.score == "gradient" and config.window and config.probe_tokens == "all":
+        raise InputError(f"--probe-tokens all with --window {config.window}: a window holds tokens of the completion "
+                         "alone; give --probe-tokens completion, or --window 0")
 
 
 def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict] = (), budget: int = 4096,
@@ -667,6 +674,7 @@ def compare(directions: dict[str, Direction], read: dict[str, Reading], rows: li
 def main(cfg: Config) -> None:
     """Print the diagnostics. Raises InputError for what cannot be read."""
     check_ranges(cfg)
+    check_window(cfg)
     pairs = load_pairs(cfg.pairs)
     if cfg.cut_out and not cfg.rollouts:
         raise InputError("--cut-out: has nothing to cut; give --rollouts, or leave it out")

@@ -43,7 +43,7 @@ from torch import Tensor
 from env_leetcode import DEFAULT_MODES, Verdict, background, grade_batch, load_problems, with_mode
 from evaluate_deploy import (LEGEND, RunFolder, console_line, evaluate, format_table, outcomes, read_rows, routing,
                              settings_of, write_deploy)
-from extract_vgrad import cosines, count, encode_pairs, extract, features, haar, load_demos, load_pairs
+from extract_vgrad import check_window, cosines, count, encode_pairs, extract, features, haar, load_demos, load_pairs
 from lora2r import (HERE, InputError, attach, batches, check_ranges, encode_completion, encode_prompt, flag, folded,
                     first_line, generate, load_model, parse, predicted_memory, prefill, run_script, sampling_memory,
                     token_logps, use)
@@ -754,6 +754,7 @@ def arm_of(cfg: Config) -> str:
 def check(cfg: Config) -> Config:
     """Refuse contradictory flags before anything is loaded or written; the flags as they take effect."""
     check_ranges(cfg)
+    check_window(cfg)
     for name in ("wandb", "tensorboard"):
         if getattr(cfg, name):
             tracker(name)
@@ -768,7 +769,6 @@ def check(cfg: Config) -> Config:
         (cfg.gate == "batch", "--gate batch", "cut_mid cut_hack"),
         (cfg.gate == "pairs", "--gate pairs", "k_mid k_hack"),
         (cfg.score != "gradient", flag(cfg, "score"), "read probe_temperature probe_tokens equal_pairs"),
-        (cfg.window, flag(cfg, "window"), "probe_tokens"),
         (cfg.routeV_random_v_seed is None, "no --routeV-random-v-seed", "placebo"),
         (cfg.mix_ratio == 0, "--mix-ratio 0", "mix_steps demos"),
     ]

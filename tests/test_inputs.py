@@ -233,6 +233,7 @@ TRAIN = [(f"--{flag} {value.replace(',', ' ')}", f"--{flag} ") for flag,
     values in NUMBERS.items() for value in values.split()] + [
     ("--device foo", "--device foo"), ("--device cuda:99", "--device cuda:99"), ("--device meta", "--device meta"),
     ("--window 4 --probe-tokens all", "--probe-tokens all with --window 4"),
+    ("--preset seed --window 4", "--probe-tokens all with --window 4"),
     ("--intervention none --window 4", "--window 4 with --intervention none"),
     ("--intervention none --gate batch", "--gate batch with --intervention none"),
     ("--intervention none --cut-hack .5", "--cut-hack 0.5"),
@@ -340,6 +341,7 @@ EVALUATE = [
 EXTRACT = [
     ("--device foo", "--device foo"), ("--dtype foo", "tyro: --dtype"), ("--n-haar 0", "--n-haar 0"),
     ("--rank 0", "--rank 0"), ("--seed -1", "--seed -1"),
+    ("--window 4 --probe-tokens all", "--probe-tokens all with --window 4"),
     ("--pairs {d}/absent", "absent"), ("--pairs {d}/swapped.md", "zero or not finite"),
     ("--pairs {d}/long.md", "task 2"), ("--model {d}/models/missing", "missing"),
     ("--rollouts {d}/absent", "--rollouts {d}/absent"), ("--rollouts {d}/latin1", "not UTF-8"),

@@ -624,6 +624,13 @@ def test_preset_sets_the_defaults_and_flags_override_it():
     assert windows == {"nano": None, "wordy": None, "seed": 0, "qwen2.5-coder-0.5b": 5, "qwen3-4b": 5}
 
 
+def test_where_the_probe_sits_forbids_windows_of_gradients_alone():
+    argv = ["--preset", "seed", "--window", "4"]
+    assert train_grpo.check(parse_args([*argv, "--score", "activation"])).window == 4
+    with pytest.raises(InputError, match="--probe-tokens all with --window 4"):
+        train_grpo.check(parse_args(argv))
+
+
 # -------------------------------------------------------------------------------- what a run leaves
 def tell_tale(monkeypatch):
     """evaluate's sampler and grader replaced: a completion tells which model was sampled and which marker its prompt
