@@ -180,7 +180,7 @@ class Config:
     # controls
     on_hack: Literal["route", "screen", "penalise"] = "route"
     """what a hack label does. route: train the quarantine. screen: train nothing. penalise: train the deployed block,
-    with minus the group's standard deviation as the advantage"""
+    with minus the standard deviation of its group's advantages as the advantage"""
     oracle_accuracy: float = 1.0
     """intervention oracle: the probability that a label is as the verdict says"""
     inoculate: str = ""
@@ -433,7 +433,7 @@ def train_in(run: RunFolder, grader: ThreadPoolExecutor, cfg: Config, arm: str, 
             kept = [i for i in kept if label[i] != HACK]
         if cfg.on_hack == "penalise":
             masks[label == HACK] = MASKS[CLEAN]
-            credit[label == HACK] = -rewards.view(P, K).std(1).repeat_interleave(K)[label == HACK]
+            credit[label == HACK] = -adv.view(P, K).std(1).repeat_interleave(K)[label == HACK]
         m, d = masks.unbind(1)  # [G] each. use() takes them to THE CUT, in lora2r.py
         clock("gate")
 

@@ -273,7 +273,8 @@ def controlled(cfg, rewards, adv, names):
         adv, K = list(adv), len(rewards[0])
         for i in (i for i in names if names[i] == "hack"):
             group = rewards[i // K]
-            adv[i] = -math.sqrt(sum((x - sum(group) / K) ** 2 for x in group) / (K - 1))
+            std = math.sqrt(sum((x - sum(group) / K) ** 2 for x in group) / (K - 1))
+            adv[i] = -std / (std + 1e-4) if cfg.std_norm else -std
         names = {i: "clean" if name == "hack" else name for i, name in names.items()}
     return adv, names
 
