@@ -444,7 +444,7 @@ def train_in(run: RunFolder, grader: ThreadPoolExecutor, cfg: Config, arm: str, 
         here_prompts, here_ids = [prompts[rollouts[i].j] for i in kept_here], [rollouts[i].ids for i in kept_here]
         micro_batches = list(batches(here_prompts, here_ids, cfg.tokens_per_batch, label[kept_here].tolist()))
         old_logps: list[Tensor] = []  # per micro-batch, of the masked policy before this step
-        logged, grad_norm, qmass = torch.zeros(5), 0.0, 0.0
+        logged, g_dep, g_quar = torch.zeros(5), 0.0, 0.0  # means over the epochs, like all that is logged
         for epoch in range(cfg.epochs if kept else 0):
             optimizer.zero_grad()
             for b, (rows, ids, is_completion, shared) in enumerate(micro_batches):
@@ -470,12 +470,12 @@ def train_in(run: RunFolder, grader: ThreadPoolExecutor, cfg: Config, arm: str, 
                 logged += torch.cat([loss.detach().cpu()[None], stats]) / cfg.epochs
             reduce_gradients(adapter.parameters())
             adapter.drop_untrained(trains_dep=not d[kept].all(), trains_quar=bool(m[kept].any()))
-            g_dep, g_quar = norm(adapter.deployed_parameters()), norm(adapter.quarantine_parameters())
-            grad_norm, qmass = math.hypot(g_dep, g_quar), g_quar / (g_dep + g_quar + 1e-12)
-            if not math.isfinite(grad_norm):  # a NaN in the loss is one here too, on every rank
+            g_dep += norm(adapter.deployed_parameters()) / cfg.epochs
+            g_quar += norm(adapter.quarantine_parameters()) / cfg.epochs
+            if not math.isfinite(g_dep + g_quar):  # a NaN in the loss is one here too, on every rank
                 raise FloatingPointError(
-                    f"step {step}: loss {logged[0].item()}, gradient norm {grad_norm}; the run stops here. The last "
-                    f"good checkpoint is {path / 'adapter.safetensors'}. Remedy: a lower --lr (it was {lr})")
+                    f"step {step}: loss {logged[0].item()}, gradient norm {g_dep + g_quar}; the run stops here. The "
+                    f"last good checkpoint is {path / 'adapter.safetensors'}. Remedy: a lower --lr (it was {lr})")
             torch.nn.utils.clip_grad_norm_(adapter.parameters(), cfg.grad_clip)
             optimizer.step()
         loss, kl, clipped, truncated, n_trained = torch.tensor(gather([logged.tolist()])).sum(0).tolist()
@@ -488,7 +488,8 @@ def train_in(run: RunFolder, grader: ThreadPoolExecutor, cfg: Config, arm: str, 
             row = dict(
                 step=step, **outcomes(modes, sources, verdicts, rewards),
                 **routing(names, position, adv, trains, sources, verdicts),
-                qmass=qmass, grad_norm=grad_norm, loss=loss, lr=lr, kl=kl / max(1, n_trained),
+                qmass=g_quar / (g_dep + g_quar + 1e-12), grad_norm=math.hypot(g_dep, g_quar), loss=loss, lr=lr,
+                kl=kl / max(1, n_trained),
                 clip_fraction=clipped / max(1, n_trained), truncated_fraction=truncated / max(1, n_trained),
                 tokens=n_tokens, tokens_per_s=n_tokens / sum(clock.seconds.values()), peak_gb=peak_bytes() / 1e9,
                 seconds=clock.seconds)

@@ -302,6 +302,7 @@ def update(run, model, optimizer, step, prompts, adv, names):
     log = SimpleNamespace(loss=0.0, kl=0.0, clipped=0, truncated=0, tokens=0)
     lr = cfg.lr if step >= cfg.warmup else cfg.lr * (step + 1) / cfg.warmup
     lr = lr * (cfg.steps - step) / cfg.steps if cfg.decay else lr
+    mean_norm = dict.fromkeys(BLOCKS, 0.0)
     for epoch in range(cfg.epochs):
         model.fill(now)
         grads = {name: torch.zeros_like(p) for name, p in model.parameters().items()}
@@ -333,12 +334,14 @@ def update(run, model, optimizer, step, prompts, adv, names):
         grads = {key: g if key.split(".")[-2] in trained else None for key, g in grads.items()}
         square = {block: sum((g**2).sum().item() for key, g in grads.items() if g is not None and f".{block}." in key)
                   for block in BLOCKS}
-        log.grad_norm = math.sqrt(sum(square.values()))
-        log.qmass = square["quarantine"] ** 0.5 / sum(x**0.5 for x in square.values())
-        scale = min(1.0, cfg.grad_clip / log.grad_norm)
+        whole_norm = math.sqrt(sum(square.values()))
+        mean_norm = {block: mean_norm[block] + math.sqrt(square[block]) / cfg.epochs for block in BLOCKS}
+        scale = min(1.0, cfg.grad_clip / whole_norm)
         grads = {key: None if g is None else g * scale for key, g in grads.items()}
         now = {key: p if grads[key] is None else optimizer.step(p, key, grads[key], lr) for key, p in now.items()}
+        assert whole_norm > cfg.grad_clip, "the clip binds"
         all_grads.append(grads)
+    log.grad_norm, log.qmass = math.hypot(*mean_norm.values()), mean_norm["quarantine"] / sum(mean_norm.values())
     for name in ("loss", "kl", "clipped", "truncated", "tokens"):
         setattr(log, name, getattr(log, name) / cfg.epochs)
     return all_grads, now, log

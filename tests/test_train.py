@@ -320,7 +320,6 @@ def test_the_update_is_that_of_the_literal_formulas(run):
         adv, names = reference.controlled(cfg, rewards, adv, names)
         grads, after, log = reference.update(run, run.model, adamw, step, prompts, adv, names)
         for epoch, expected in enumerate(grads):
-            assert log.grad_norm > cfg.grad_clip, "the clip binds"
             for name, grad in run.grads[step * cfg.epochs + epoch].items():
                 assert (grad is None) == (expected[name] is None), name
                 if grad is not None:
