@@ -36,13 +36,14 @@ from statistics import median
 from unittest.mock import patch
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from env_leetcode import grade_batch, load_problems  # noqa: E402
 from lora2r import (TARGETS, attach, batches, encode_completion, encode_prompt, folded, generate,  # noqa: E402
-                    load_model, predicted_memory, prefill, token_logps, use)
+                    load_model, predicted_memory, prefill, sampling_memory, token_logps, use)
 from train_grpo import Config, check, draws, learning, parse_args, train  # noqa: E402
 
 REPEATS = 5
@@ -171,7 +172,7 @@ def update_operations(model, adapter, encoded: list[tuple], labels: list[str], c
     """Floating-point operations of the matmuls in one update's masked forward and backward, base and adapter, as torch
     counts them."""
     m, d = torch.tensor([label != "clean" for label in labels]), torch.tensor([label == "hack" for label in labels])
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it cannot count all fused kernels
         for rows, ids, mask, shared in batches(*map(list, zip(*encoded)), cfg.tokens_per_batch, labels):
             ids, mask = ids.to(cfg.device), mask.to(cfg.device)
             with use(adapter, m=m[rows][:1], d=d[rows][:1]):
@@ -296,12 +297,12 @@ def bench_memory(cfg: Config) -> None:
         lora = attach(small, r)
         small.config.vocab_size = 151_936
         adds = [predicted_memory(small, lora, tokens, checkpointing)[2] for checkpointing in (False, True)]
-        sizes[layers] = (weights, sum(p.numel() for p in lora.parameters()), *adds)
-    weights, lora, batch, batch_checkpointed = (one + (L - 1) * (two - one) for one, two in zip(sizes[1], sizes[2]))
+        sizes[layers] = (weights, sum(p.numel() for p in lora.parameters()), *adds,
+                         *sampling_memory(small, lora, 32, 1024, 512))
+    weights, lora, batch, batch_checkpointed, folding, cache = (
+        one + (L - 1) * (two - one) for one, two in zip(sizes[1], sizes[2]))
     weights += (151_936 - 1024) * 2560
     fixed = 2 * weights + 4 * lora * 5  # bf16 base; fp32 A0, B0 frozen; dA, dB with gradient and two moments
-    folding = 2 * weights  # while sampling, a second copy of the linear layers' weights
-    cache = 2 * L * 8 * 128 * 2 * 32 * (1024 + 512)
     print(f"\nQwen3-4B, r = {r}, bf16, 32 rollouts of 1024 + 512 tokens, by arithmetic")
     print(f"  base weights 2 B x {weights / 1e9:.2f}e9 = {2 * weights / 1e9:.1f} GB; "
           f"adapter 4 B x 5 x {lora / 1e6:.0f}e6 = {20 * lora / 1e9:.1f} GB")
