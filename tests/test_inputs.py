@@ -425,7 +425,7 @@ def test_plot_without_matplotlib_is_refused_before_sampling(server, d):
 
 @pytest.mark.parametrize("script, flag", [
     ("train_grpo.py", "--lr 0.001"), ("evaluate_deploy.py", "--temperature 0.7"), ("extract_vgrad.py", "--n-haar 200"),
-    ("train_grpo.py", "deployed block, with minus the group's standard deviation as the advantage\n"),  # of two lines
+    ("train_grpo.py", "deployed block, with minus the standard deviation of its group's advantages as"),  # of two lines
     ("env_leetcode.py", "--problems"), ("lora2r.py", "This file is read, not run")])
 def test_help(server, script, flag):
     status, out, err = server(script, *["--help"][: script != "lora2r.py"])
