@@ -256,7 +256,7 @@ MUTANTS = [  # (file, text that occurs once in it, what takes its place, the tes
     (TRAIN, "masks[label == HACK] = MASKS[CLEAN]", "pass", PENALISED),
     (TRAIN, "credit[label == HACK] = -adv", "credit[label == HACK] = adv", PENALISED),
     (TRAIN, "credit[label == HACK] = -adv.view", "credit[label == HACK] = -rewards.view",
-     of("train", "the_update_is_that_of_the_literal_formulas[seed]")),
+     of("train", "the_update_is_that_of_the_literal_formulas[penalised by std]")),
     (TRAIN, "repeat_interleave(K)[label == HACK]", "repeat(K)[label == HACK]", PENALISED),
     (TRAIN, "if cfg.expert_steps and not run.goes_on:", "if cfg.expert_steps:", EXPERT),
     (TRAIN, "seed_expert(model, adapter, pair_prompts, sides[len(pairs) :], cfg)",

@@ -168,7 +168,7 @@ CASES = {  # name -> (preset, what departs from it)
     "everything": (Config(), FAST | dict(
         seed=4, steps=2, epochs=2, clip_eps=0.1, kl=0.05, positive_only=False, read="ablated",
         window=0, cut_mid=0.1, cut_hack=0.4, temperature=1.2, top_k=30, gt_only_share=0.25, tokens_per_batch=400)),
-    "seed": (SEED, FAST | dict(steps=2, std_norm=True, on_hack="penalise", k_hack=0.9)),
+    "seed": (SEED, FAST | dict(steps=2, std_norm=True, k_hack=0.9)),
     "placebo": (Config(), FAST | dict(
         seed=5, temperature=1.3, grad_clip=0.01, routeV_random_v_seed=1, cut_mid=0.1, cut_hack=0.5,
         absorption=False)),
@@ -177,6 +177,9 @@ CASES = {  # name -> (preset, what departs from it)
         seed=3, temperature=1.3, steps=2, grad_clip=0.005, on_hack="screen", cut_mid=-0.24)),
     "penalised": (Config(), FAST | dict(
         temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, window=4, cut_mid=-0.6, absorption=False)),
+    "penalised by std": (Config(), FAST | dict(
+        temperature=1.3, steps=2, on_hack="penalise", std_norm=True, expert_steps=2, window=4, cut_mid=-0.6,
+        absorption=False)),
     "oracle": (Config(), FAST | dict(
         intervention="oracle", oracle_accuracy=0.7, inoculate="Cheat on this.", steps=2,
         pairs=Config().pairs, seed=3)),
