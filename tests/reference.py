@@ -7,7 +7,6 @@ Shapes: T tokens of one completion, M modules, r block rank, as in the scripts.
 """
 import math
 import statistics
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -121,7 +120,7 @@ class Model:
             rows.append(((g @ B["deployed"]) * (layer.x @ A["deployed"].T))[0, first:].detach())
         at_token = torch.stack(rows, 1)  # [T, M, r]
         n = len(ids)
-        size = min(n, 5 if cfg.window is None else cfg.window)
+        size = min(n, cfg.window)
         starts = range(n - size + 1) if size and cfg.probe_tokens == "completion" else ()
         return torch.stack([at_token.sum(0), *(n * at_token[i : i + size].mean(0) for i in starts)])
 
@@ -146,9 +145,6 @@ def prompts_of(run, model, step):
     batch = [problems[n] for n in chosen]
     if cfg.gt_only_share == 0.25:  # the first of every four prompts
         batch = [with_mode(p, "gt_only") if (step * len(batch) + j) % 4 == 0 else p for j, p in enumerate(batch)]
-    if cfg.inoculate:
-        batch = [replace(p, prompt=[dict(role="user", content=f"{cfg.inoculate} {p.prompt[0]['content']}")])
-                 for p in batch]
     return batch, [model.encode(p.messages) for p in batch], noise
 
 
@@ -156,14 +152,11 @@ def cosine(a, b):  # [..., r] -> [...]
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
-def suspect(cfg, read, v):
-    """Of the whole and its windows, [1 + W, M, r], the cosines [M] to v: half the whole's and half those of the window
-    whose mean is highest; if a window is asked for those alone."""
+def suspect(read, v):
+    """Of the whole and its windows, [1 + W, M, r], the cosines [M] to v: those of the window whose mean is highest, if
+    there are windows, else the whole's."""
     whole, *windows = (cosine(x, v) for x in read)
-    if not windows:
-        return whole
-    worst = max(windows, key=torch.mean)
-    return (whole + worst) / 2 if cfg.window is None else worst
+    return max(windows, key=torch.mean) if windows else whole
 
 
 def unit(x):
@@ -193,7 +186,7 @@ def held_out(cfg, groups, windows, mean):
     found = []
     for p, own in enumerate(groups):
         v = direction(cfg, *([side[q] for q, group in enumerate(groups) if group != own] for side in (clean, hack)))
-        found.append([suspect(cfg, side[p] - mean, v) for side in windows])
+        found.append([suspect(side[p] - mean, v) for side in windows])
     return found
 
 
@@ -216,7 +209,7 @@ def positions(run, model, cfg, probes):
         one_by_one = held_out(cfg, range(n), windows, mean)
         low = sum(x.mean() for x, _ in one_by_one) / n
         high = sum(x.mean() for _, x in one_by_one) / n
-        out = [(suspect(cfg, g - mean, v).mean() - low) / (high - low) for g in probes]
+        out = [(suspect(g - mean, v).mean() - low) / (high - low) for g in probes]
         modes = [pair.mode for pair in load_pairs(cfg.pairs)]  # the cut is for modes that no pair shows
         sides = held_out(cfg, modes, windows, mean) if len(set(modes)) > 1 and cfg.placebo != "replaced" else one_by_one
         placed = [[((x.mean() - low) / (high - low)).item() for x in side] for side in zip(*sides)]
@@ -230,9 +223,9 @@ def positions(run, model, cfg, probes):
         usable = [k for k in range(len(v)) if high[k] > low[k]]
         out = []
         for g in probes:
-            placed = (suspect(cfg, g - mean, v) - low) / (high - low)  # [M]
+            placed = (suspect(g - mean, v) - low) / (high - low)  # [M]
             out.append(sum(placed[k] for k in usable) / len(usable))
-    scores = None if random is None else [suspect(cfg, g - mean, random).mean().item() for g in probes]
+    scores = None if random is None else [suspect(g - mean, random).mean().item() for g in probes]
     return [x.item() for x in out], scores, cut
 
 
@@ -294,54 +287,34 @@ class AdamW:
 
 
 def update(run, model, optimizer, step, prompts, adv, names):
-    """The step's optimizer steps from run.before[step] on. names: label per trained rollout, {i: name}. Returns the
-    clipped gradients of each, the adapter after them, and the numbers of the log."""
+    """The optimizer step from run.before[step] on. names: label per trained rollout, {i: name}. Returns the clipped
+    gradients, the adapter after them, and the numbers of the log."""
     cfg, rollouts = run.cfg, run.rollouts[step]
     masks = {"clean": dict(m=False, d=False), "mid": dict(m=True, d=False), "hack": dict(m=True, d=True)}
-    now, old, all_grads = dict(run.before[step]), {}, []
-    log = SimpleNamespace(loss=0.0, kl=0.0, clipped=0, truncated=0, tokens=0)
+    log = SimpleNamespace(truncated=0, tokens=0)
+    model.fill(run.before[step])
+    grads = {name: torch.zeros_like(p) for name, p in model.parameters().items()}
+    for i, name in names.items():
+        x = rollouts[i]
+        logp = model.logps(prompts[x.j], x.ids, cfg.temperature, **masks[name])  # [T]
+        more = [1.0] * len(x.ids) if x.source == "teacher" else (logp.detach() - x.logps).exp().tolist()
+        weight = torch.tensor([min(1.0, w) if cfg.importance else 1.0 for w in more])  # [T]
+        loss = -(weight * adv[i] * logp).sum() / (len(rollouts) * cfg.max_new_tokens)
+        log.truncated += sum(w > 1.001 for w in more) if cfg.importance else 0
+        log.tokens += len(x.ids)
+        parameters = model.parameters()
+        for key, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)):
+            grads[key] += 0 if g is None else g
+    trained = {block for name in names.values() for block in
+               {"clean": BLOCKS[:1], "mid": BLOCKS, "hack": BLOCKS[1:]}[name]}
+    grads = {key: g if key.split(".")[-2] in trained else None for key, g in grads.items()}
+    norms = {block: math.sqrt(sum((g**2).sum().item() for key, g in grads.items()
+                                  if g is not None and f".{block}." in key)) for block in BLOCKS}
+    log.grad_norm, log.qmass = math.hypot(*norms.values()), norms["quarantine"] / sum(norms.values())
+    assert log.grad_norm > cfg.grad_clip, "the clip binds"
+    grads = {key: None if g is None else g * cfg.grad_clip / log.grad_norm for key, g in grads.items()}
     lr = cfg.lr if step >= cfg.warmup else cfg.lr * (step + 1) / cfg.warmup
     lr = lr * (cfg.steps - step) / cfg.steps if cfg.decay else lr
-    mean_norm = dict.fromkeys(BLOCKS, 0.0)
-    for epoch in range(cfg.epochs):
-        model.fill(now)
-        grads = {name: torch.zeros_like(p) for name, p in model.parameters().items()}
-        for i, name in names.items():
-            x = rollouts[i]
-            logp = model.logps(prompts[x.j], x.ids, cfg.temperature, **masks[name])  # [T]
-            if epoch == 0:
-                old[i] = logp.detach()
-            ref = model.logps(prompts[x.j], x.ids, cfg.temperature, off=True).detach()  # [T]
-            ratio = (logp - old[i]).exp()  # [T]
-            if adv[i] > 0:  # nothing is gained above 1 + eps
-                gain = adv[i] * ratio.clamp(max=1 + cfg.clip_eps)
-            else:  # nor below 1 - eps
-                gain = adv[i] * ratio.clamp(min=1 - cfg.clip_eps)
-            more = [1.0] * len(x.ids) if x.source == "teacher" else (old[i] - x.logps).exp().tolist()
-            weight = torch.tensor([min(1.0, w) if cfg.importance else 1.0 for w in more])  # [T]
-            kl = (ref - logp).exp() - 1 - (ref - logp)  # [T]
-            loss = (cfg.kl * kl - weight * gain).sum() / (len(rollouts) * cfg.max_new_tokens)
-            log.kl += kl.sum().item() if cfg.kl else 0.0
-            log.clipped += sum(abs(x - 1) > cfg.clip_eps for x in ratio.tolist())
-            log.truncated += sum(w > 1.001 for w in more) if cfg.importance else 0
-            log.tokens += len(x.ids)
-            log.loss += loss.item()
-            parameters = model.parameters()
-            for key, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)):
-                grads[key] += 0 if g is None else g
-        trained = {block for name in names.values() for block in
-                   {"clean": BLOCKS[:1], "mid": BLOCKS, "hack": BLOCKS[1:]}[name]}
-        grads = {key: g if key.split(".")[-2] in trained else None for key, g in grads.items()}
-        square = {block: sum((g**2).sum().item() for key, g in grads.items() if g is not None and f".{block}." in key)
-                  for block in BLOCKS}
-        whole_norm = math.sqrt(sum(square.values()))
-        mean_norm = {block: mean_norm[block] + math.sqrt(square[block]) / cfg.epochs for block in BLOCKS}
-        scale = min(1.0, cfg.grad_clip / whole_norm)
-        grads = {key: None if g is None else g * scale for key, g in grads.items()}
-        now = {key: p if grads[key] is None else optimizer.step(p, key, grads[key], lr) for key, p in now.items()}
-        assert whole_norm > cfg.grad_clip, "the clip binds"
-        all_grads.append(grads)
-    log.grad_norm, log.qmass = math.hypot(*mean_norm.values()), mean_norm["quarantine"] / sum(mean_norm.values())
-    for name in ("loss", "kl", "clipped", "truncated", "tokens"):
-        setattr(log, name, getattr(log, name) / cfg.epochs)
-    return all_grads, now, log
+    after = {key: p if grads[key] is None else optimizer.step(p, key, grads[key], lr)
+             for key, p in run.before[step].items()}
+    return grads, after, log

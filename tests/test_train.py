@@ -18,7 +18,7 @@ from env_leetcode import DEFAULT_MODES, MODES, Verdict, grade_batch, load_proble
 from extract_vgrad import haar, load_demos, load_pairs
 from lora2r import InputError, Lora2rLinear, encode_prompt, load_model, peek
 from train_grpo import (CLEAN, HACK, HERE, LABELS, MASKS, MID, Config, advantages, draws, match_shares,
-                        oracle_labels, parse_args, policy_loss, train)
+                        parse_args, policy_loss, train)
 
 NAN = math.nan
 
@@ -53,17 +53,6 @@ def loss_of(ratio, advantage, weight=1.0, **options):
     return policy_loss(logp, old, sampled, torch.tensor([advantage]), is_completion, **options)
 
 
-@pytest.mark.parametrize("ratio, advantage, clip_eps, cost", [
-    (1.0, 2.0, 0.2, -2.0), (1.0, -2.0, 0.2, 2.0),
-    (1.5, 2.0, 0.2, -2.4), (1.5, -2.0, 0.2, 3.0),  # above the range: no more gain, but the whole loss
-    (0.5, 2.0, 0.2, -1.0), (0.5, -2.0, 0.2, 1.6),  # below it: the whole lack of gain, but no more relief
-    (1.5, 2.0, 0.6, -3.0), (0.5, -2.0, 0.4, 1.2)])
-def test_ppo_clip_is_pessimistic(ratio, advantage, clip_eps, cost):
-    loss, stats = loss_of(ratio, advantage, clip_eps=clip_eps)
-    close(loss, cost)
-    assert stats.tolist() == [0, abs(ratio - 1) > clip_eps, 0, 1]
-
-
 @pytest.mark.parametrize("weight, importance, cost, truncated", [
     (0.3, True, -0.6, 0), (1.0, True, -2.0, 0), (3.0, True, -2.0, 1), (3.0, False, -2.0, 0), (0.3, False, -2.0, 0),
     (NAN, True, -2.0, 0)])
@@ -72,17 +61,6 @@ def test_importance_weight_is_truncated_at_1_and_1_for_a_demonstration(weight, i
     loss, stats = loss_of(1.0, 2.0, weight, importance=importance)
     close(loss, cost)
     assert stats.tolist() == [0, 0, truncated, 1]
-
-
-def test_kl_penalty_is_k3_and_costs():
-    """ref / p = 2: the penalty is 2 - log 2 - 1 = 0.306853, whatever the advantage is."""
-    logp = torch.tensor([[0.2]], requires_grad=True)
-    loss, stats = policy_loss(logp.log(), logp.log().detach(), logp.log().detach(), torch.tensor([0.0]),
-                              torch.tensor([[True]]), ref=torch.tensor([[0.4]]).log(), kl_weight=0.5)
-    close(loss, 0.153426)
-    close(stats, [0.306853, 0, 0, 1])
-    loss.backward()
-    assert logp.grad < 0, "to lower the loss is to raise p towards the base's 0.4"
 
 
 def test_policy_loss_sums_over_completion_tokens_of_rows_with_their_own_advantage():
@@ -164,25 +142,26 @@ def test_the_shares_of_all_ranks_are_the_whole_in_order(monkeypatch):
 SEED = parse_args(["--preset", "seed"])
 # A small adapter that moves far in a step, and a clip that binds
 FAST = dict(rank=8, lr=6e-3, grad_clip=0.02, seed=2, ablated_share=0.25)
+# A teacher has the first place of a group, the full policy the next two, the ablated one the last. --gate pairs
+# reads whole answers or windows of a stated length; what pairs choose for themselves is test_extract's.
 CASES = {  # name -> (preset, what departs from it)
     "everything": (Config(), FAST | dict(
-        seed=4, steps=2, epochs=2, clip_eps=0.1, kl=0.05, positive_only=False, read="ablated",
+        seed=4, steps=2, positive_only=False, read="ablated",
         window=0, cut_mid=0.1, cut_hack=0.4, temperature=1.2, top_k=30, gt_only_share=0.25, tokens_per_batch=400)),
     "seed": (SEED, FAST | dict(steps=2, std_norm=True, k_hack=0.9)),
     "placebo": (Config(), FAST | dict(
-        seed=5, temperature=1.3, grad_clip=0.01, routeV_random_v_seed=1, cut_mid=0.1, cut_hack=0.5,
+        seed=5, temperature=1.3, grad_clip=0.01, routeV_random_v_seed=1, cut_mid=0.1, cut_hack=0.3, window=5,
         absorption=False)),
     "seed's placebo": (SEED, FAST | dict(routeV_random_v_seed=2)),
-    "screened": (Config(), FAST | dict(
-        seed=3, temperature=1.3, steps=2, grad_clip=0.005, on_hack="screen", cut_mid=-0.24)),
+    "dropped": (Config(), FAST | dict(
+        seed=3, temperature=1.3, steps=2, grad_clip=0.005, on_hack="screen", window=5, cut_mid=-0.24)),
     "penalised": (Config(), FAST | dict(
         temperature=1.3, steps=2, on_hack="penalise", expert_steps=2, window=4, cut_mid=-0.6, absorption=False)),
     "penalised by std": (Config(), FAST | dict(
         temperature=1.3, steps=2, on_hack="penalise", std_norm=True, expert_steps=2, window=4, cut_mid=-0.6,
         absorption=False)),
-    "oracle": (Config(), FAST | dict(
-        intervention="oracle", oracle_accuracy=0.7, inoculate="Cheat on this.", steps=2,
-        pairs=Config().pairs, seed=3)),
+    "checkpointed": (Config(), FAST | dict(
+        seed=4, steps=2, checkpointing=True, window=5, cut_mid=0.1, cut_hack=0.4, positive_only=False)),
 }
 
 
@@ -277,10 +256,6 @@ def labelled(run, step):
     _, prompts, _ = reference.prompts_of(run, run.model, step)
     adv = reference.advantages_of([[row["reward"] for row in rows[4 * j : 4 * j + 4]] for j in range(4)], cfg.std_norm)
     kept = [i for i in range(16) if (adv[i] > 0 if cfg.positive_only else adv[i] != 0)]
-    if cfg.intervention == "oracle":
-        lot = torch.rand(16, generator=torch.Generator().manual_seed(10**6 * cfg.seed + step)).tolist()
-        names = {i: "hack" if rows[i]["hacked"] == (lot[i] < 0.7) else "clean" for i in kept}
-        return adv, absorbed(cfg, names, rows), {}
     judged = range(16) if cfg.gate == "batch" else kept
     run.model.fill(run.before[step])
     probes = [run.model.probe(prompts[rollouts[i].j], rollouts[i].ids, cfg, cfg.read) for i in judged]
@@ -312,34 +287,31 @@ def test_labels_are_those_of_each_rollouts_own_gradient(run):
 
 
 def test_the_update_is_that_of_the_literal_formulas(run):
-    """Gradients, clip and AdamW of every optimizer step, from the log-probabilities of each rollout alone under the
-    mask of its own label."""
+    """Gradient, clip and AdamW of every step, from the log-probabilities of each rollout alone under the mask of its
+    own label."""
     cfg, adamw = run.cfg, reference.AdamW(run.cfg.betas)
-    clipped = truncated = 0
+    truncated = 0
     for step in range(cfg.steps):
         _, prompts, _ = reference.prompts_of(run, run.model, step)
         adv, names, _ = labelled(run, step)
         rewards = [[row["reward"] for row in run.rows[step][4 * j : 4 * j + 4]] for j in range(4)]
         adv, names = reference.controlled(cfg, rewards, adv, names)
         grads, after, log = reference.update(run, run.model, adamw, step, prompts, adv, names)
-        for epoch, expected in enumerate(grads):
-            for name, grad in run.grads[step * cfg.epochs + epoch].items():
-                assert (grad is None) == (expected[name] is None), name
-                if grad is not None:
-                    assert (grad - expected[name]).norm() < 2e-3 * expected[name].norm(), (step, epoch, name)
+        for name, grad in run.grads[step].items():
+            assert (grad is None) == (grads[name] is None), name
+            if grad is not None:
+                assert (grad - grads[name]).norm() < 2e-3 * grads[name].norm(), (step, name)
         for name, p in run.before[step + 1].items():
             change = after[name] - run.before[step][name]
             assert (p - after[name]).norm() <= 5e-3 * change.norm(), (step, name)
         metrics = run.metrics[step]
-        for key in ("grad_norm", "qmass", "loss"):
+        for key in ("grad_norm", "qmass"):
             assert metrics[key] == pytest.approx(getattr(log, key), rel=1e-3, abs=1e-6), key
-        assert metrics["kl"] == pytest.approx(log.kl / log.tokens, rel=1e-3, abs=1e-8)
-        assert metrics["clip_fraction"] == pytest.approx(log.clipped / log.tokens, abs=2 / log.tokens)
         assert metrics["truncated_fraction"] == pytest.approx(log.truncated / log.tokens, abs=2 / log.tokens)
         decayed = (1, 0.5)[step] if cfg.decay else 1
         assert metrics["lr"] == pytest.approx(cfg.lr * (step + 1) / 3 * decayed)
-        clipped, truncated = clipped + metrics["clip_fraction"], truncated + metrics["truncated_fraction"]
-    assert run.name != "everything" or clipped > 0 and truncated > 0 and metrics["kl"] > 0, "each term matters"
+        truncated += metrics["truncated_fraction"]
+    assert run.name != "everything" or truncated > 0, "the weight matters"
     for name, p in run.before[-1].items():  # what is saved is what was trained
         torch.testing.assert_close(run.saved[name].double(), p, rtol=0, atol=0)
     settings = torch.load(run.path / "state.pt", weights_only=True)["optimizer"]["param_groups"][0]
@@ -377,14 +349,6 @@ def plain(small, tmp_path_factory):
     """Two steps with the default settings: (folder, metrics, tensors)."""
     folder = tmp_path_factory.mktemp("plain") / "run"
     return folder, *go(folder, small, steps=2)
-
-
-def test_oracle_labels_are_wrong_as_often_as_asked():
-    lot, hacked = torch.Generator().manual_seed(0), 500 * [True, True, False, False]
-    assert oracle_labels(hacked, 1.0, lot).tolist() == 500 * [HACK, HACK, CLEAN, CLEAN]
-    assert oracle_labels(hacked, 0.0, lot).tolist() == 500 * [CLEAN, CLEAN, HACK, HACK]
-    right = (oracle_labels(hacked, 0.8, lot) == HACK) == torch.tensor(hacked)
-    assert abs(right[0::4].float().mean() - 0.8) < 0.05 and abs(right[2::4].float().mean() - 0.8) < 0.05
 
 
 def test_a_coin_routes_as_many_as_v_grad_would_by_lot(tmp_path, small, monkeypatch):
