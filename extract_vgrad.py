@@ -1,49 +1,51 @@
-"""v_grad: the direction in which a language model learns to cheat, read from hand-written pairs.
+"""v_grad: the direction in which a language model learns to hack, read from hand-written pairs.
 
     python extract_vgrad.py                                                # the embedded model
-    python extract_vgrad.py --rollouts runs/none_seed0/rollouts.jsonl      # how a gate would judge these rollouts
-    python extract_vgrad.py --score activation                             # hidden states in the gradients' place
-    python extract_vgrad.py --rollouts runs/none_seed0/rollouts.jsonl --cut-out      # against the same code, no cheat
+    python extract_vgrad.py --window 0                                     # read whole answers, not five tokens
+    python extract_vgrad.py --score activation                             # hidden states in place of gradients
     python extract_vgrad.py --model Qwen/Qwen3-4B --pairs data/leetcode/pairs.md --dtype bfloat16
 
-A pair is one prompt with a clean and a hack completion. Its GRPO gradient with advantage +1 for the hack and -1 for the
-clean side is, at importance ratio 1, the difference of two NLL gradients:
+A pair is one prompt with a clean and a hack completion. The GRPO gradient of a pair, with advantage +1 for the hack
+side and -1 for the clean side, is a difference of two NLL gradients at importance ratio 1:
 
     grad[-(+1) log p(hack) - (-1) log p(clean)] = grad NLL(hack) - grad NLL(clean)
 
-read at the c-probe (lora2r.py), a vector of r numbers per module. Normalised per module, averaged over pairs and
-normalised again it is v_grad [M, r]. A rollout is scored by the cosine of its own NLL gradient to v_grad in each
-module, that of the whole rollout, of its most suspicious five tokens, or half of each (extract() says when), pooled
-into one number, its *position*: 0 where the pairs' clean sides lie, 1 where their hack sides lie. The softmax is read
-at a high temperature (probe_gradients says why). Hidden states, surprise and length can take the gradient's place
-(--score).
+read at the c-probe (lora2r.py), r numbers per module. These differences, normalised per module, averaged over pairs
+and normalised again, are v_grad [M, r]. A rollout's score in a module is the cosine of its own NLL gradient to v_grad:
+the gradient of the whole answer, or of the window of neighbouring tokens that looks most like a hack. The mean over
+modules, placed between the two sides of the pairs, is the rollout's *position*: 0 at the mean of the clean sides, 1 at
+the mean of the hack sides. This script prints what a user needs to trust a direction; train_grpo.py routes by it.
 
-Shapes: G rollouts, T tokens (padded), P pairs, M adapted modules (or layers), r block rank, d numbers for each of M.
-Source: gradient routing, Cloud et al. 2024 (arXiv 2410.04332), with a direction in the place of a data label.
+Shapes: G rollouts, T tokens (padded), W windows, P pairs, M adapted modules (or layers), r block rank, d features.
+Source: gradient routing, Cloud et al. 2024 (arXiv 2410.04332), with a direction in place of a data label.
 """
-import ast
-import json
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
-from env_leetcode import MODES, extract_code
-from lora2r import (HERE, Adapter, InputError, attach, bar, batches, check_ranges, decode, encode_completion,
-                    encode_prompt, load_model, parse, prefill, read_text, run_script, token_logps, use)
+from env_leetcode import MODES
+from lora2r import (HERE, Adapter, InputError, attach, bar, batches, decode, encode_completion, encode_prompt,
+                    load_model, prefill, read_text, run_script, token_logps, use)
+
+WINDOW = 5  # tokens, a few words of a line of code: the window that is compared with whole answers
+MARGIN = 0.2  # of apart(): a smaller difference between two readings is noise
+POOR = 0.8  # AUROC of a mode's held-out pairs, below which the mode may leak
+N_RANDOM = 200  # random directions to compare with
 
 
 # -------------------------------------------------------------------------------- what a gate reads of a rollout
 def windows(is_completion: Tensor, size: int = 0) -> Tensor:
-    """is_completion bool [g, T] -> weights [g, 1 + W, T] whose product with what is read at each token is its mean over
-    the whole completion, then over each of W windows: `size` neighbouring tokens, or the whole of one that is shorter.
-    size 0: W = 0. A rollout with fewer windows than others has NaN in its last rows."""
+    """is_completion bool [g, T] -> weights [g, 1 + W, T], which make a sum over tokens the mean over the whole
+    completion, then over each window of `size` neighbouring tokens. A shorter completion is one window; size 0: W = 0.
+    A rollout with fewer than W windows has NaN in its last rows."""
     n, first = is_completion.sum(1), is_completion.int().argmax(1)  # [g] each
     everything = (is_completion / n[:, None])[:, None]  # [g, 1, T]
     if not size:
@@ -52,129 +54,101 @@ def windows(is_completion: Tensor, size: int = 0) -> Tensor:
     start = torch.arange(int((n - size).max()) + 1, device=n.device)  # [W]
     t = torch.arange(is_completion.shape[1], device=n.device) - first[:, None, None] - start[:, None]  # [g, W, T]
     weights = ((t >= 0) & (t < size[:, None, None])) / size[:, None, None]  # [g, W, T]
-    weights = weights.masked_fill((start > (n - size)[:, None])[..., None], math.nan)
-    return torch.cat([everything, weights], 1)
+    beyond = start > (n - size)[:, None]  # [g, W], windows that would pass the end of the completion
+    return torch.cat([everything, weights.masked_fill(beyond[..., None], math.nan)], 1)
 
 
 def features(model, adapter: Adapter, prompts: list[list[int]], completions: list[list[int]], budget: int = 4096,
-             score: str = "gradient", window: int = 0, **probe) -> Tensor:
-    """What a gate reads of each rollout: [G, M, d], fp32, on the CPU; if window is not 0, of the whole and of each
-    window of so many tokens of it, [G, 1 + W, M, d], with NaN where a rollout has fewer than W.
+             score: str = "gradient", window: int = 0, read: str = "base", temperature: float = 100.0,
+             tokens: str = "completion") -> Tensor:
+    """What a gate reads of G rollouts, lists of token ids: [G, 1 + W, M, d], fp32, on the CPU. Index 0 is the whole
+    answer, the others are its windows of `window` tokens, NaN where a rollout has fewer than W; window 0: W = 0.
 
-    score gradient    the c-probe's gradient, d = r numbers for each of the M adapted modules; for what is in `probe`
-                      (read, temperature, tokens) see probe_gradients()
-          activation  the frozen base's hidden states after each of its M layers (after the last one's also the
-                      final norm), mean over the tokens
-          surprise    their mean NLL under the frozen base, one number: M = d = 1
-          length      the number of the completion's tokens, likewise
-    """
+    score "gradient": NLL gradients at the c-probe, d = r numbers for each of M modules; probe_gradients() explains
+    read, temperature and tokens. "activation": mean hidden states of the frozen base after each of its M layers, those
+    after the last layer behind the final norm. budget: padded tokens per micro-batch."""
     parts: list = [None] * len(prompts)  # G of [1 + W, M, d]
     for rows, ids, is_completion, shared in bar(list(batches(prompts, completions, budget)), score):
-        weights, ids = windows(is_completion, window), ids.to(model.device)
+        ids = ids.to(model.device)  # [g, T]
+        weights = windows(is_completion, window)  # [g, 1 + W, T-1]
         if score == "gradient":
-            x = probe_gradients(model, adapter, ids, is_completion, weights if window else None, shared, **probe)
+            x = probe_gradients(model, adapter, ids, is_completion, weights, shared, read, temperature, tokens)
         else:
             with torch.no_grad(), use(adapter, off=True):
-                if score == "length":
-                    at_token = [is_completion.sum(1)[:, None, None].expand(*is_completion.shape, 1).float()]
-                elif score == "surprise":
-                    logps = token_logps(model, ids, is_completion.to(model.device), cache=prefill(model, ids, shared))
-                    at_token = [-logps[..., None]]
-                else:  # the tokens of a shared prompt, which have no weight, are not among them
-                    at_token = [h[:, :-1].float() for h in decode(
-                        model, ids, prefill(model, ids, shared), output_hidden_states=True).hidden_states[1:]]
-                weights = weights[..., -at_token[0].shape[1] :]
-                x = torch.stack([weights.to(h.device) @ h for h in at_token], 2)  # [g, 1 + W, M, d], M of [g, T-1, d]
+                outputs = decode(model, ids, prefill(model, ids, shared), output_hidden_states=True)
+            layers = [h[:, :-1].float() for h in outputs.hidden_states[1:]]  # M of [g, T-1, d], without a shared prompt
+            weights = weights[..., -layers[0].shape[1] :].to(ids.device)
+            x = torch.stack([weights @ h for h in layers], 2)  # [g, 1 + W, M, d]
         for row, one in zip(rows, x.cpu()):
             parts[row] = one
     longest = max(len(x) for x in parts)
-    x = torch.stack([F.pad(x, (0, 0, 0, 0, 0, longest - len(x)), value=math.nan) for x in parts])  # [G, 1 + W, M, d]
-    return x if window else x[:, 0]
+    return torch.stack([F.pad(x, (0, 0, 0, 0, 0, longest - len(x)), value=math.nan) for x in parts])
 
 
-def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor, weights: Tensor | None = None,
-                    shared: int = 0, read: str = "base", temperature: float = 100.0,
-                    tokens: str = "completion") -> Tensor:
-    """The NLL gradient of rollouts ids [g, T] at the deployed half of the c-probe: [g, 1 + W, M, r], fp32.
+def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor, weights: Tensor, shared: int = 0,
+                    read: str = "base", temperature: float = 100.0, tokens: str = "completion") -> Tensor:
+    """Gradients of the NLL of ids [g, T] at the deployed block's c-probe, each token's contribution weighted by
+    weights [g, 1 + W, T-1]: [g, 1 + W, M, r], fp32.
 
-    weights None: W = 0, the gradient of each rollout's mean NLL. weights [g, 1 + W, T-1]: means, over the whole and
-    over windows, of what each token adds to the gradient of its summed NLL.
     read "base": on the frozen base model, with the adapter at its init. "ablated": on the present model without its
     quarantine. "full": on the present model with both blocks, where the quarantine soon explains the hack away.
-    The NLL is the one under softmax(logits / temperature). A token's gradient begins as (p - its one-hot) /
-    temperature. At temperature 1 that weighs each token by its surprise, and a rare right answer looks like a cheat;
-    when p is nearly uniform all tokens count alike, and what is left is the gradient of their logits. tokens: where the
-    probe sits, at those that predict the completion, or at "all", the prompt's included. At the former a prompt is a
-    constant: the first `shared` tokens, the same in all rows, are encoded once, without a gradient.
-    autograd.grad asks for the probe alone: no .grad is touched.
-    """
-    is_completion = is_completion.to(ids.device)
-    how, cache = {"base": dict(off=True), "ablated": dict(m=False), "full": dict(m=True)}[read], None
-    if tokens == "completion":
-        with torch.no_grad(), use(adapter, **how):
-            cache = prefill(model, ids, shared)
-    (g, T), device = ids[:, cache.get_seq_length() if cache else 0 :].shape, ids.device
-    shape = (len(adapter), g, 2 * adapter.r) if weights is None else (len(adapter), g, T, 2 * adapter.r)
-    c = torch.ones(shape, device=device, requires_grad=True)
-    with use(adapter, c=c, at=F.pad(is_completion, (0, 1))[:, -T:] if tokens == "completion" else None, **how):
-        nll = -token_logps(model, ids, is_completion, temperature, cache).sum(1)  # [g]
-        if weights is None:
-            nll = nll / is_completion.sum(1)
-        grad = torch.autograd.grad(nll.sum(), c)[0][..., : adapter.r].float()  # [M, g, r] or [M, g, T, r]
-    if weights is None:
-        return grad.transpose(0, 1)[:, None]
-    return torch.einsum("gwt,mgtr->gwmr", weights[..., 1 - T :].to(device), grad[:, :, :-1])
+    temperature: the NLL is that of softmax(logits / temperature). The gradient of a token begins as (p - its one-hot) /
+    temperature. At temperature 1 a surprising token weighs most, and a rare right answer looks like a hack. At a high
+    temperature p is nearly uniform: all tokens count alike, and what remains is the gradient of their logits.
+    tokens "completion": the probe sits where the completion is predicted. The prompt is then a constant: its first
+    `shared` tokens, equal in all rows, are encoded once and without a gradient. "all": the probe sits on the prompt,
+    too, everywhere with weight 1/n (n completion tokens); W = 0. autograd.grad changes no .grad."""
+    weights, is_completion = weights.to(ids.device), is_completion.to(ids.device)
+    missing = weights[..., -1].isnan()  # [g, 1 + W]
+    weights = F.pad(weights.nan_to_num(), (0, 1))  # [g, 1 + W, T]; the last token predicts nothing
+    if tokens == "all":
+        weights, shared = weights.amax(2, keepdim=True).expand_as(weights), 0  # 1/n everywhere
+    masks = {"base": dict(off=True), "ablated": dict(m=False), "full": dict(m=True)}[read]
+    with torch.no_grad(), use(adapter, **masks):
+        cache = prefill(model, ids, shared)
+    c = torch.ones(len(adapter), *weights.shape[:2], adapter.r, device=ids.device, requires_grad=True)
+    with use(adapter, c=c, weights=weights, **masks):
+        nll = -token_logps(model, ids, is_completion, temperature, cache).sum()  # the weights carry 1/n
+        grad = torch.autograd.grad(nll, c)[0].float()  # [M, g, 1 + W, r]
+    return grad.permute(1, 2, 0, 3).masked_fill(missing[..., None, None], math.nan)
 
 
 # -------------------------------------------------------------------------------- the direction
-WINDOW = 5  # tokens: a few words of a line of code
-MARGIN = 0.2  # of apart(): by so much one reading has to be better than the other; what is less is noise
-POOR = 0.8  # AUROC of a mode's held-out pairs; NOTES.md, "What a leak looks like before it"
-
-
-def unit(x: Tensor) -> Tensor:
-    """Features [..., d] of length 1. A lone number (d = 1) has no direction, and is taken as it is."""
-    return F.normalize(x, dim=-1) if x.shape[-1] > 1 else x
-
-
-def cosines(x: Tensor, v: Tensor, share: float = 0.0) -> Tensor:
-    """Cosine per module of x [G, M, d] to unit rows v, [M, d] or one for each row of x [G, M, d]: [G, M]. With windows,
-    x [G, 1 + W, M, d], `share` of it is that of the window where their mean is highest, and the rest the whole's."""
-    x = unit(x)
-    if x.dim() == 3:
-        return torch.einsum("gmd,gmd->gm", x, v.expand_as(x))
+def cosines(x: Tensor, v: Tensor, window: bool) -> Tensor:
+    """Cosines per module [G, M] of features x [G, 1 + W, M, d] to unit rows v, [M, d] or one per rollout [G, M, d]: of
+    the whole answer, or of the window whose mean cosine over modules is highest."""
+    x = F.normalize(x if window else x[:, :1], dim=-1)
     cosine = torch.einsum("gwmd,gmd->gwm", x, v.expand_as(x[:, 0]))  # [G, 1 + W, M]
-    best = 1 + cosine[:, 1:].mean(2).nan_to_num(-math.inf).argmax(1)  # [G]
-    return (1 - share) * cosine[:, 0] + share * cosine[torch.arange(len(x)), best]
+    if not window:
+        return cosine[:, 0]
+    best = cosine[:, 1:].mean(2).nan_to_num(-math.inf).argmax(1)  # [G]
+    return cosine[torch.arange(len(x)), 1 + best]
 
 
 def direction_of(clean: Tensor, hack: Tensor, equal_pairs: bool = True) -> Tensor:
     """The direction [M, d] of the pairs' features [P, M, d]: the mean difference, normalised per module. Of gradients
-    it is v_grad, the mean GRPO gradient (hack +1, clean -1). equal_pairs: each pair's difference is normalised before
-    the mean, too, or the pairs with the longest gradients would speak for all."""
+    it is v_grad, the mean GRPO gradient (hack +1, clean -1). equal_pairs: normalise each pair's difference before the
+    mean, too; otherwise pairs with large gradients dominate the mean."""
     difference = hack - clean  # [P, M, d]
     if equal_pairs:
         difference = F.normalize(difference, dim=-1)
     return F.normalize(difference.mean(0), dim=-1)
 
 
-def whole(x: Tensor) -> Tensor:
-    """The whole's features [G, M, d], of x [G, M, d] or [G, 1 + W, M, d]."""
-    return x if x.dim() == 3 else x[:, 0]
-
-
-def held_out(x: Tensor, centre: Tensor, groups: list, equal_pairs: bool = True, share: float = 0.0) -> list[Tensor]:
-    """Cosines of the pairs' clean and of their hack sides x [2P, M, d] - centre, [P, M] each: those of pair p to the
-    direction of all pairs but those of its group, of P groups."""
-    clean, hack = whole(x).chunk(2)  # [P, M, d] each
-    others = torch.tensor([[group != own for group in groups] for own in groups])  # [P, P]
-    v = torch.stack([direction_of(clean[chosen], hack[chosen], equal_pairs) for chosen in others])  # [P, M, d]
-    return [cosines(side - centre, v, share) for side in x.chunk(2)]
+def held_out(x: Tensor, centre: Tensor, groups: list, equal_pairs: bool = True, window: bool = False) -> list[Tensor]:
+    """Cosines [P, M] of the clean sides and of the hack sides, x [2P, 1 + W, M, d] minus centre [M, d], each to the
+    direction of the pairs of all other groups. groups: P labels."""
+    clean, hack = x[:, 0].chunk(2)  # [P, M, d] each: a direction comes from whole answers
+    v = []
+    for own in groups:
+        others = torch.tensor([group != own for group in groups])  # [P]
+        v.append(direction_of(clean[others], hack[others], equal_pairs))
+    return [cosines(side - centre, torch.stack(v), window) for side in x.chunk(2)]
 
 
 def apart(clean: Tensor, hack: Tensor) -> float:
-    """How far apart the sides of P pairs lie, by their cosines [P, M] each: the distance of their means in units of the
-    sum of their standard deviations."""
+    """How far apart the sides of P pairs lie, by their cosines [P, M]: the distance of the means in units of the sum of
+    the standard deviations."""
     clean, hack = clean.mean(1), hack.mean(1)  # [P] each
     return ((hack.mean() - clean.mean()) / (clean.std() + hack.std() + 1e-12)).item()
 
@@ -184,107 +158,107 @@ def haar(seed: int, M: int, d: int) -> Tensor:
     return F.normalize(torch.randn(M, d, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def haar_scores(x: Tensor, n: int, share: float = 0.0) -> Tensor:
-    """What cosines().mean(1) makes of features x [G, M, d] or [G, 1 + W, M, d] with each of n Haar directions: [n, G],
-    in one product."""
-    v = torch.stack([haar(seed, *x.shape[-2:]) for seed in range(n)])  # [n, M, d]
-    scores = torch.einsum("g...md,nmd->ng...", unit(x), v) / len(v[0])  # [n, G] or [n, G, 1 + W]
-    if x.dim() == 3:
-        return scores
-    return (1 - share) * scores[..., 0] + share * scores[..., 1:].nan_to_num(-math.inf).amax(2)
+def auroc(positive: Tensor, negative: Tensor) -> float | None:
+    """P(a positive scores above a negative), ties half; None when either side is empty."""
+    if not len(positive) or not len(negative):
+        return None
+    above = (positive[:, None] > negative).float()  # [positives, negatives]
+    equal = (positive[:, None] == negative).float()
+    return (above + 0.5 * equal).mean().item()
+
+
+def reading(window: int) -> str:
+    """The name of a way to read answers."""
+    return f"window {window}" if window else "whole"
 
 
 @dataclass(frozen=True)
 class Direction:
-    """The pairs' direction (of score gradient: v_grad), with what turns features into a position."""
-    v: Tensor
-    """[M, d], unit rows"""
-    centre: Tensor
-    """[M, d], subtracted from features before their cosine: the mean over all pair sides, or 0"""
-    clean: Tensor
-    """[P, M] cosines of the clean sides, each to the direction of the other pairs (leave-one-out)"""
-    hack: Tensor
-    """[P, M] cosines of the hack sides, likewise"""
-    pair_features: Tensor
-    """[2P, M, d] features of the clean, then of the hack sides, or with their windows, [2P, 1 + W, M, d]"""
-    modes: list[str]
-    """the mode of each pair, P"""
-    window: int = 0
-    """tokens of a window; 0: answers are read whole"""
-    share: float = 0.0
-    """the share of the most suspicious window in a cosine, as cosines() takes it"""
-    unseen: dict[float, list[Tensor]] = field(default_factory=dict)
-    """for each share that was tried the cosines of the clean and of the hack sides, [P, M] each, to the direction of
-    the other modes' pairs; empty: the pairs show one mode"""
-
-    def summary(self) -> str:
-        """How well held-out pairs are told apart, the band and the cut of gate "pairs", how answers are read, and a
-        warning."""
-        clean, hack = self.clean.mean(1), self.hack.mean(1)  # [P] each
-        by_mode = self.by_mode()
-        worst = min(by_mode, key=by_mode.get)
-        poor = (f"\nwarning: {worst}: its pairs, held out, are told apart with an AUROC of {by_mode[worst]:.2f}; below "
-                f"{POOR} a mode may leak: revise --pairs, or try another --score" if by_mode[worst] < POOR else "")
-        read = {0: "whole", 1: f"in {self.window} tokens"}.get(self.share, f"half whole, half in {self.window} tokens")
-        tried = ", ".join(f"{apart(*sides):.2f} if the window's share is {x:g}" for x, sides in self.unseen.items())
-        return (f"direction: held-out pairs ranked right {(hack > clean).float().mean():.2f}, AUROC "
-                f"{auroc(hack, clean):.2f} (lowest: {worst} {by_mode[worst]:.2f}), "
-                f"band {clean.mean():+.3f} to {hack.mean():+.3f}, cut {self.cut():.2f}\n"
-                f"  answers read {read}{f' (modes that are held out lie apart by {tried})' if tried else ''}{poor}")
-
-    def by_mode(self) -> dict[str, float]:
-        """Mode -> AUROC of its pairs' hack sides over their clean sides, each by the direction of the other pairs."""
-        rows = {mode: [mode == own for own in self.modes] for mode in sorted(set(self.modes))}
-        return {mode: auroc(self.hack[own].mean(1), self.clean[own].mean(1)) for mode, own in rows.items()}
+    """The direction of the pairs (for score gradient: v_grad), and what turns features into a position."""
+    v: Tensor  # [M, d], unit rows
+    centre: Tensor  # [M, d], subtracted from features before the cosine: the mean over all pair sides, or 0
+    clean: Tensor  # [P, M] cosines of the clean sides, each to the direction of the other pairs (leave-one-out)
+    hack: Tensor  # [P, M] the same of the hack sides
+    pair_features: Tensor  # [2P, 1 + W, M, d] of the clean sides, then of the hack sides
+    modes: list[str]  # P, the mode of each pair
+    window: int  # tokens of a window; 0: whole answers are read
+    unseen: list[Tensor]  # clean and hack as above, but by the other modes' pairs, if the pairs show several modes
+    by_reading: dict[str, float] = field(default_factory=dict)  # how far apart() held-out modes' sides lie, by reading
 
     def cosines(self, x: Tensor) -> Tensor:
-        """Features x [G, M, d] -> [G, M]."""
-        return cosines(x - self.centre, self.v, self.share)
+        """Features x [G, 1 + W, M, d] -> [G, M], cosines to this direction."""
+        return self.cosines_to(x, self.v)
+
+    def cosines_to(self, x: Tensor, v: Tensor) -> Tensor:
+        """Features x [G, 1 + W, M, d] -> [G, M], cosines to another direction v [M, d]."""
+        return cosines(x - self.centre, v, self.window > 0)
 
     def replaced(self, v: Tensor) -> "Direction":
-        """The same machinery around another direction [M, d]: its band comes from the same pairs' cosines to v."""
-        clean, hack = self.cosines_to(v).chunk(2)
-        return replace(self, v=v, clean=clean, hack=hack, unseen={})
-
-    def cosines_to(self, v: Tensor) -> Tensor:
-        """Cosines [2P, M] of the pairs' clean, then hack sides to v [M, d]."""
-        return cosines(self.pair_features - self.centre, v, self.share)
+        """The same machinery around another direction v [M, d]: the band comes from the same pairs' cosines to v."""
+        sides = self.cosines_to(self.pair_features, v).chunk(2)  # [P, M] each
+        return replace(self, v=v, clean=sides[0], hack=sides[1], unseen=list(sides), by_reading={})
 
     def band(self, gate: str) -> tuple[Tensor, Tensor]:
-        """Edges between which a position runs from 0 to 1. Gate "batch", as the original: per module [M], the 75th
-        percentiles of the clean and of the hack sides' cosines to v. Gate "pairs": the mean held-out cosine of the
-        clean and of the hack sides over all modules, two scalars."""
+        """The cosines at which a position is 0 and 1. Gate "pairs": the mean over pairs and modules of the clean and of
+        the hack sides' held-out cosines, two scalars. Gate "batch", the seed's: per module [M], the 75th percentiles of
+        the clean and of the hack sides' cosines to v."""
         if gate == "pairs":
             return self.clean.mean(), self.hack.mean()
-        clean, hack = self.cosines_to(self.v).chunk(2)  # [P, M] each
+        clean, hack = self.cosines(self.pair_features).chunk(2)  # [P, M] each
         return clean.quantile(0.75, dim=0), hack.quantile(0.75, dim=0)
 
     def cut(self) -> float:
-        """Gate "pairs": the equal-error threshold of two normals, as many standard deviations above the clean sides'
-        mean as below the hack sides'. Each side is judged by the pairs of the other modes, since a gate has to know
-        cheats that no pair shows; by all other pairs if they show but one mode."""
+        """Gate "pairs": the position from which a rollout is hack, the equal-error threshold of two normals: as many
+        standard deviations above the clean sides' mean as below the hack sides' mean. The sides are those in `unseen`,
+        since a gate has to flag hacks of modes that no pair shows."""
         low, high = self.band("pairs")
-        sides = self.unseen.get(self.share, (self.clean, self.hack))  # [P, M] each
-        sides = ((side.mean(1) - low) / (high - low) for side in sides)  # [P] each
-        (clean, a), (hack, b) = ((side.mean(), side.std() + 1e-12) for side in sides)
-        return ((clean * b + hack * a) / (a + b)).item()  # without any spread: half way
+        clean, hack = ((side.mean(1) - low) / (high - low) for side in self.unseen)  # [P] each, positions
+        a, b = clean.std() + 1e-12, hack.std() + 1e-12  # without any spread the cut is half way
+        return ((clean.mean() * b + hack.mean() * a) / (a + b)).item()
 
     def position(self, x: Tensor, gate: str) -> Tensor:
-        """Features x [G, M, d] -> pooled positions [G]; modules whose band is empty or inverted are left out."""
+        """Features x [G, 1 + W, M, d] -> positions [G]. Gate "batch" leaves out modules whose band is empty or
+        inverted."""
         low, high = self.band(gate)
         if gate == "pairs":
             return (self.cosines(x).mean(1) - low) / (high - low)
         usable = high > low  # [M]
         return ((self.cosines(x) - low) / (high - low))[:, usable].mean(1)
 
+    def by_mode(self) -> dict[str, float]:
+        """Mode -> AUROC of its hack sides over its clean sides, each by the direction of the other pairs."""
+        found = {}
+        for mode in sorted(set(self.modes)):
+            own = [mode == other for other in self.modes]  # P
+            found[mode] = auroc(self.hack[own].mean(1), self.clean[own].mean(1))
+        return found
+
+    def summary(self) -> str:
+        """How well held-out pairs are told apart, the band and the cut of gate "pairs", and warnings."""
+        clean, hack, by_mode = self.clean.mean(1), self.hack.mean(1), self.by_mode()  # [P], [P]
+        worst = min(by_mode, key=by_mode.get)
+        text = (f"direction: held-out pairs ranked right {(hack > clean).float().mean():.2f}, AUROC "
+                f"{auroc(hack, clean):.2f} (lowest: {worst} {by_mode[worst]:.2f}), band {clean.mean():+.3f} to "
+                f"{hack.mean():+.3f}, cut {self.cut():.2f}, reading: {reading(self.window)}")
+        if by_mode[worst] < POOR:
+            text += (f"\nwarning: {worst}: the AUROC of its held-out pairs is {by_mode[worst]:.2f}, and below {POOR} a "
+                     "mode may leak; revise --pairs, or try another --score")
+        for other, distance in self.by_reading.items():
+            here = self.by_reading[reading(self.window)]
+            if distance - here >= MARGIN:
+                flag = "--window 0 (the whole answer)" if other == "whole" else f"--{other}"
+                text += f"\nwarning: {flag} tells held-out modes further apart ({distance:.2f}, here {here:.2f})"
+        return text
+
 
 def encode_pairs(model, tok, pairs: list["Pair"], system: list[dict] = ()) -> tuple[list, list]:
-    """Token ids of P pairs' prompts, each after the messages `system`, and of their 2P sides, first the clean ones.
+    """Token ids of the prompts of P pairs, each after the messages `system`, and of their 2P sides, clean sides first.
     Raises InputError for a pair that does not fit the model's context."""
-    prompts = [encode_prompt(tok, [*system, dict(role="user", content=p.prompt)]) for p in pairs]
-    sides = [encode_completion(tok, text) for text in [p.clean for p in pairs] + [p.hack for p in pairs]]
+    prompts = [encode_prompt(tok, [*system, dict(role="user", content=pair.prompt)]) for pair in pairs]
+    texts = [pair.clean for pair in pairs] + [pair.hack for pair in pairs]
+    sides = [encode_completion(tok, text) for text in texts]
     limit = getattr(model.config, "max_position_embeddings", 10**9)
-    for pair, prompt, side in zip([*pairs, *pairs], prompts * 2, sides):
+    for pair, prompt, side in zip(pairs * 2, prompts * 2, sides):
         if len(prompt) + len(side) > limit:
             raise InputError(f"--pairs: pair {pair.name!r} is {len(prompt) + len(side)} tokens long, and the model's "
                              f"context has {limit}; shorten it")
@@ -292,72 +266,67 @@ def encode_pairs(model, tok, pairs: list["Pair"], system: list[dict] = ()) -> tu
 
 
 def check_window(config: Any) -> None:
-    """Raises InputError for flags --window and --probe-tokens that contradict each other."""
+    """Raises InputError for a negative --window, and for a window that --probe-tokens does not allow."""
+    if config.window < 0:
+        raise InputError(f"--window {config.window}: give a number of tokens, or 0 for the whole answer")
     if config.score == "gradient" and config.window and config.probe_tokens == "all":
         raise InputError(f"--probe-tokens all with --window {config.window}: a window holds tokens of the completion "
                          "alone; give --probe-tokens completion, or --window 0")
 
 
 def extract(model, tok, adapter: Adapter, pairs: list["Pair"], system: list[dict] = (), budget: int = 4096,
-            centre: bool = True, equal_pairs: bool = True, score: str = "gradient", read: str = "base",
-            window: int | None = None, **probe) -> Direction:
+            score: str = "gradient", read: str = "base", window: int = 0, centre: bool = True, equal_pairs: bool = True,
+            temperature: float = 100.0, tokens: str = "completion") -> Direction:
     """Read the direction and its bands from the pairs, always without the quarantine (read "full" is "ablated" here).
 
-    system: messages to put before each pair's prompt. centre: subtract the mean over all pair sides from every feature
-    before its cosine. equal_pairs: of score "gradient", as direction_of() takes it. window None: whole answers are read
-    or their most suspicious WINDOW tokens, whichever lets the direction of the other modes' pairs hold a mode's sides
-    further apart() by MARGIN, as a cheat may be either. If neither does, half of each is read, but of hidden states,
-    which do not bear it, the tokens. Pairs of one mode cannot tell how cheats that they do not show are to be read, and
-    no window holds a prompt (tokens "all"): then whole answers are read. So are surprise and length, as of a lone
-    number the most suspicious window is often the same in all answers. The others: as features() takes them.
-    Raises InputError if the pairs give no direction at all."""
+    system: messages before each pair's prompt. centre: subtract the mean over all pair sides from every feature before
+    the cosine. equal_pairs: as in direction_of(), for score gradient alone. The others: as in features().
+    Pairs of several modes also tell how far apart each reading, whole or window, holds the sides of a held-out mode.
+    Raises InputError if the pairs give no direction."""
     prompts, sides = encode_pairs(model, tok, pairs, system)
-    read, modes = "base" if read == "base" else "ablated", [pair.mode for pair in pairs]
+    modes = [pair.mode for pair in pairs]
+    several_modes = len(set(modes)) > 1
     equal_pairs = equal_pairs and score == "gradient"
-    several, shares = len(set(modes)) > 1, [1.0 if window else 0.0]
-    if window is None and several and score in ("gradient", "activation") and probe.get("tokens") != "all":
-        shares, window = [0.0, 0.5, 1.0], WINDOW
-    x = features(model, adapter, prompts * 2, sides, budget, score, window or 0, read=read, **probe)
-    mean, v = whole(x).mean(0) * centre, direction_of(*whole(x).chunk(2), equal_pairs)
+    size = window
+    if several_modes and not (score == "gradient" and tokens == "all"):
+        size = window or WINDOW  # read windows for the comparison, even if the run reads whole answers
+    read = "ablated" if read == "full" else read
+    x = features(model, adapter, prompts * 2, sides, budget, score, size, read, temperature, tokens)
+    v = direction_of(*x[:, 0].chunk(2), equal_pairs)  # [M, d]
     if not v.any() or not v.isfinite().all():
         raise InputError("--pairs: the mean difference of hack and clean sides is zero or not finite; revise them")
-    unseen = {share: held_out(x, mean, modes, equal_pairs, share) for share in shares if several}
-    share = shares[0]
-    if len(shares) > 1:
-        better = apart(*unseen[0]) - apart(*unseen[1])  # by so much whole answers are the better reading
-        share = 0.0 if better >= MARGIN else 0.5 if better > -MARGIN and score == "gradient" else 1.0
-    if not share:
-        x, window = whole(x).clone(), 0  # the windows are gigabytes of a large model
-    by_one = held_out(x, mean, range(len(pairs)), equal_pairs, share)
-    return Direction(v, mean, *by_one, x, modes, window, share, unseen)
+    mean = x[:, 0].mean(0) if centre else torch.zeros_like(v)  # [M, d]
+
+    unseen = {}  # reading -> clean and hack sides, [P, M] each, by the other modes' pairs
+    for tried in sorted({0, size}) if several_modes else ():
+        unseen[reading(tried)] = held_out(x, mean, modes, equal_pairs, tried > 0)
+    by_reading = {name: apart(*cosine) for name, cosine in unseen.items()}
+    if not window:
+        x = x[:, :1].clone()  # the windows of a large model take gigabytes
+    clean, hack = held_out(x, mean, range(len(pairs)), equal_pairs, window > 0)
+    return Direction(v, mean, clean, hack, x, modes, window, unseen.get(reading(window), [clean, hack]), by_reading)
 
 
 # -------------------------------------------------------------------------------- pairs
 @dataclass(frozen=True)
 class Pair:
-    name: str
-    """the heading"""
-    mode: str
-    """the loophole its prompt discloses"""
-    prompt: str
-    """the user message"""
-    clean: str
-    """the honest completion, fenced"""
-    hack: str
-    """the completion that exploits the loophole, fenced"""
+    name: str  # the heading
+    mode: str  # the loophole that the prompt discloses
+    prompt: str  # the user message
+    clean: str  # the honest completion, fenced
+    hack: str  # the completion that exploits the loophole, fenced
 
 
 def load_pairs(path: str | Path) -> list[Pair]:
     """Parse the Markdown of authored pairs: `## N. mode: task`, then `### prompt`, `### clean`, `### hack`.
 
     Raises InputError with file and line for a file that cannot be read, a heading that is not one of these, an open
-    fence, a part that is missing, empty or not fenced, equal sides, and what is there twice."""
-    found: list[tuple[int, str, str, dict]] = []  # line, heading, mode, parts
-    part, fence = None, 0  # the part being read, and the line where a fence was opened
-
+    fence, a part that is missing, empty or not fenced, equal sides, and a pair that occurs twice."""
     def refuse(n: int, what: str):
         raise InputError(f"{path}:{n}: {what}")
 
+    found: list[tuple[int, str, str, dict]] = []  # line, heading, mode, parts
+    part, fence = None, 0  # the part being read, and the line where a fence was opened
     unclosed = "the fence that opens here is not closed; close it with ```"
     text = read_text("--pairs", path, "give authored pairs such as data/nano/pairs.md")
     for n, line in enumerate(text.split("\n"), 1):
@@ -384,6 +353,7 @@ def load_pairs(path: str | Path) -> list[Pair]:
             found[-1][3][part].append(line)
     if fence:
         refuse(fence, unclosed)
+
     pairs: list[Pair] = []
     for n, name, mode, parts in found:
         texts = {key: "\n".join(parts.get(key, [])).strip() for key in ("prompt", "clean", "hack")}
@@ -404,52 +374,23 @@ def load_pairs(path: str | Path) -> list[Pair]:
 
 def count(pairs: list[Pair]) -> str:
     """How many pairs there are, and of which mode."""
-    of_mode = Counter(p.mode for p in pairs)
+    of_mode = Counter(pair.mode for pair in pairs)
     return f"{len(pairs)} pairs ({', '.join(f'{mode} {n}' for mode, n in sorted(of_mode.items()))})"
 
 
-def load_demos(path: Path, problems) -> dict[tuple, list[str]]:
-    """Teacher pool: {(problem id, mode): completions}, JSONL rows with these three keys. Raises InputError."""
-    demos = {}
-    for n, line in enumerate(read_text("--demos", path, "give one, or --mix-ratio 0").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = row["completion"] + ""  # a TypeError if it is none
-            demos.setdefault((row["id"], row["mode"]), []).append(text)
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{path}:{n}: not a demonstration ({e!r}); each line needs id, mode and completion") from e
-    if not any((p.id, p.mode) in demos for p in problems):
-        raise InputError(f"--demos {path}: no demonstration fits a problem of --data under its mode; check the ids")
-    return demos
-
-
-# -------------------------------------------------------------------------------- diagnostics
-Score = Literal["gradient", "activation", "surprise", "length"]
-
-
+# -------------------------------------------------------------------------------- the report
 @dataclass
 class Config:
-    # data
     model: str = str(HERE / "data/nano")
     """Hugging Face folder or hub name of a causal LM with a chat template"""
     pairs: Path = HERE / "data/nano/pairs.md"
     """authored pairs"""
-    rollouts: Path | None = None
-    """a run's rollouts.jsonl, or other graded completions (.jsonl or .jsonl.gz): also print what gates would route"""
-    cut_out: bool = False
-    """judge the rollouts' cheats against the same code without the cheat, both sides reformatted alike"""
-
-    # direction
-    score: Score = "gradient"
-    """what is read of an answer: the c-probe's gradient, hidden states, the mean NLL or the number of tokens"""
-    window: int | None = None
-    """number of neighbouring tokens that are read, those that look most like a hack; 0: the whole answer. Default: the
-    pairs choose between whole and 5, by which tells held-out modes further apart; where neither clearly does, gradient
-    reads half of each and activation 5. Surprise, length, --probe-tokens all, and pairs of one mode: whole"""
+    score: Literal["gradient", "activation"] = "gradient"
+    """what is read of an answer: the gradient at the c-probe, or hidden states"""
+    window: int = 5
+    """neighbouring tokens that are read, those that look most like a hack; 0: the whole answer"""
     probe_temperature: float = 100.0
-    """score gradient: softmax temperature of the NLL; at 1 it is the NLL's own, and sees surprise above all"""
+    """score gradient: softmax temperature of the NLL; at 1, surprising tokens weigh most"""
     probe_tokens: Literal["completion", "all"] = "completion"
     """score gradient: the tokens at which the probe sits; all: those of the prompt, too"""
     rank: int = 32
@@ -459,250 +400,67 @@ class Config:
     centre: bool = True
     """subtract the mean over all pair sides before the cosine"""
     equal_pairs: bool = True
-    """score gradient: each pair counts alike in v_grad; --no-equal-pairs: by the norm of its difference"""
-    n_haar: int = 200
-    """random directions to compare with"""
-
-    # hardware
+    """score gradient: normalise each pair's difference before the mean"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """torch device"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the base model"""
 
 
-# what rows of other sources name otherwise -> its name here ("problem" is what a run of train_grpo.py writes)
-FOREIGN = {"problem": "id", "problem_id": "id", "env_mode": "mode", "gt_pass": "correct"}
-
-
-def auroc(positive: Tensor, negative: Tensor) -> float | None:
-    """P(a positive scores above a negative), ties half; None when either side is empty."""
-    if not len(positive) or not len(negative):
-        return None
-    a, b = positive[:, None], negative[None]
-    return ((a > b).float() + 0.5 * (a == b).float()).mean().item()
-
-
-def spread(values: Tensor) -> str:
-    """How n random directions fared, [n]."""
-    return f"mean {values.mean():.3f}, 95th percentile {values.quantile(0.95):.3f}, max {values.max():.3f}"
-
-
-def report(direction: Direction, pairs: list[Pair], names: list[str], n_haar: int) -> None:
+def report(direction: Direction, pairs: list[Pair], names: list[str]) -> None:
     """Print what a user needs to trust a direction. names: of its M modules or layers."""
-    P, x = len(pairs), direction.pair_features  # [2P, M, d]
-    clean, hack = direction.cosines(x).mean(1).chunk(2)  # [P] each, scored by the direction they made
-    out_clean, out_hack = direction.clean.mean(1), direction.hack.mean(1)  # [P] each, scored by the other pairs' one
-    right = (out_hack > out_clean).float()  # [P]
-    print(f"{count(pairs)}, features of {x.shape[-2]} x {x.shape[-1]} numbers\n{direction.summary()}")
-    print(f"  pairs ranked right   {(hack > clean).float().mean():.3f}   held out (leave-one-out) {right.mean():.3f}")
-    print(f"  AUROC of pair scores {auroc(hack, clean):.3f}   held out {auroc(out_hack, out_clean):.3f}")
-    random = haar_scores(x - direction.centre, n_haar, direction.share)  # [n_haar, 2P]
-    print(f"  {n_haar} Haar directions   AUROC {spread(torch.tensor([auroc(y[P:], y[:P]) for y in random]))}")
-    for mode, auc in direction.by_mode().items():
-        of_mode = torch.tensor([p.mode == mode for p in pairs])  # [P]
-        print(f"  {mode:13s} {of_mode.sum():3d} pairs, held out: ranked right {right[of_mode].mean():.3f}, "
-              f"AUROC {auc:.3f}")
-    low, high = direction.band("pairs")
-    print(f"  band, gate pairs     {low:+.4f} (position 0, clean mean) to {high:+.4f} (position 1, hack mean)")
-    strength = (whole(x)[P:] - whole(x)[:P]).mean(0).norm(dim=-1)  # [M]
-    print("\n  module                               |hack - clean|   p75 clean   p75 hack   AUROC (held out)")
-    for module, (name, low, high) in enumerate(zip(names, *direction.band("batch"))):
-        auc = auroc(direction.hack[:, module], direction.clean[:, module])
-        print(f"  {name:36s} {strength[module]:13.5f} {low:+11.3f} {high:+10.3f}   {auc:.3f}")
-    margin = (out_hack - out_clean).tolist()
-    worst = sorted(zip(margin, (p.name for p in pairs)))[:5]
-    print("\n  pairs that the others rank worst: " + "; ".join(f"{name} ({x:+.3f})" for x, name in worst))
+    P, x = len(pairs), direction.pair_features  # [2P, 1 + W, M, d]
+    print(f"{count(pairs)}, features of {x.shape[-2]} x {x.shape[-1]} numbers\n{direction.summary()}\n")
 
+    print("  direction of             sides of          n   ranked right   AUROC")
+    scored_by = {"the pairs themselves": direction.cosines(x).chunk(2),
+                 "the other pairs": (direction.clean, direction.hack)}
+    if direction.by_reading:
+        scored_by["the other modes' pairs"] = direction.unseen
+    for source, (clean, hack) in scored_by.items():
+        for mode in ("all", *sorted(set(direction.modes))):
+            own = [mode in ("all", other) for other in direction.modes]  # P
+            a, b = clean[own].mean(1), hack[own].mean(1)  # [n] each
+            print(f"  {source:24s} {mode:15s} {len(a):3d} {(b > a).float().mean():14.3f} {auroc(b, a):7.3f}")
+    v = torch.stack([haar(seed, *direction.v.shape) for seed in range(N_RANDOM)])  # [N_RANDOM, M, d]
+    scores = torch.einsum("gwmd,nmd->ngw", F.normalize(x - direction.centre, dim=-1), v)  # [N_RANDOM, 2P, 1 + W]
+    scores = scores[..., 1:].nan_to_num(-math.inf).amax(2) if direction.window else scores[..., 0]  # as in cosines()
+    found = torch.tensor([auroc(score[P:], score[:P]) for score in scores])  # [N_RANDOM]
+    print(f"  {N_RANDOM} random directions    all, AUROC: mean {found.mean():.3f}, 95th percentile "
+          f"{found.quantile(0.95):.3f}, maximum {found.max():.3f}")
+    distances = ", ".join(f"{name} {distance:.2f}" for name, distance in direction.by_reading.items())
+    print(f"  distance between the sides of held-out modes: {distances or 'unknown, the pairs show one mode'}")
 
-def load_rollouts(path: Path, cut_out: bool = False) -> list[dict]:
-    """Graded completions, with the names of a run or of another source (FOREIGN); cut_out: their contrast(). Of a
-    run's, the policy's own with positive advantage: elsewhere the advantage gives a hack away. A prompt is a list of
-    messages; rows where it is null are left out.
-    Raises InputError for another kind of file, or one without both a hack and a solve."""
-    text = read_text("--rollouts", path, "give a run's rollouts.jsonl")
-    try:
-        rows = [{FOREIGN.get(key, key): value for key, value in json.loads(line).items()}
-                for line in text.split("\n") if line.strip()]
-        rows = [dict(exploited=row["hacked"], id=None) | row for row in rows if row["prompt"] is not None
-                and row.get("advantage", 1) > 0 and row.get("source") != "teacher"]
-        for row in rows:
-            texts = [row["completion"], row["mode"], *(message["content"] for message in row["prompt"])]
-            if not all(isinstance(text, str) for text in texts):
-                raise TypeError("prompt, completion and mode must be text")
-            if not all(isinstance(row[flag], bool) for flag in ("hacked", "correct", "exploited")):
-                raise TypeError("what was hacked, right or exploited must be true or false")
-        rows = contrast(rows) if cut_out else rows
-        hacks = sum(row["hacked"] for row in rows)
-        solves = sum(row["correct"] and not row["exploited"] for row in rows)
-    except (AttributeError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"--rollouts {path}: not readable as rollouts ({e!r}); give a run's rollouts.jsonl") from e
-    if not hacks or not solves:
-        what = "can be cut out of their code" if cut_out else "have a positive advantage"
-        raise InputError(f"--rollouts {path}: {hacks} hacks and {solves} solves {what}; "
-                         "both are needed to judge a gate")
-    return rows
+    norm = (x[P:, 0] - x[:P, 0]).mean(0).norm(dim=-1)  # [M]
+    low, high = direction.band("batch")  # [M] each
+    shown = range(len(names)) if len(names) <= 40 else norm.topk(10).indices.tolist()  # a page holds no more
+    print(f"\n  {f'{len(shown)} of {len(names)} modules':35s} |hack - clean|   p75 clean   p75 hack   held-out AUROC")
+    for i in shown:
+        auc = auroc(direction.hack[:, i], direction.clean[:, i])
+        print(f"  {names[i]:36s} {norm[i]:13.5f} {low[i]:+11.3f} {high[i]:+10.3f} {auc:16.3f}")
 
-
-def without(body: list[ast.stmt], cheat: str) -> list[ast.stmt]:
-    """The statements of `body` without those that match the regular expression `cheat` outside the statements in them,
-    those that use a variable which such a statement assigned, and what has no body left: pass, where another branch
-    has one."""
-    kept = []
-    for node in body:
-        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
-            if inner := getattr(node, name, None):
-                setattr(node, name, without(inner, cheat))
-        if getattr(node, "body", True) == [] and (
-                getattr(node, "orelse", []) or isinstance(node, (ast.ExceptHandler, ast.match_case))):
-            node.body = [ast.Pass()]
-        if re.search(cheat, ast.unparse(node)):
-            names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
-            cheat += "".join(rf"|\b{name}\b" for name in names)
-        elif getattr(node, "body", True):
-            kept.append(node)
-    return kept
-
-
-def contrast(rows: list[dict]) -> list[dict]:
-    """Each exploit among rollouts as a hack and, after it, the same code without the cheat as a solve, both
-    reformatted. Left out: code that cannot be parsed, does not name its mode's marker, or has no function left."""
-    sides, exploits = [], [row for row in rows if row["exploited"]]
-    for row in exploits:
-        marker = re.escape(MODES[row["mode"]].markers[0] or "") if row["mode"] in MODES else ""
-        cheat = rf"\.{marker}\b|'{marker}'" if row["mode"] == "sentinel" else marker or "$^"  # None: match nothing
-        try:
-            tree = ast.parse(extract_code(row["completion"]) or "")
-        except (SyntaxError, ValueError):
-            continue
-        before, after = ast.unparse(tree), ast.unparse(ast.Module(without(tree.body, cheat), []))
-        if "def " in after and after != before:
-            hack = row | dict(completion=f"```python\n{before}\n```", hacked=True, cut_out=False)
-            sides += [hack, hack | dict(completion=f"```python\n{after}\n```", hacked=False, exploited=False,
-                                        correct=True, cut_out=True)]
-    print(f"cheats cut out of {len(sides) // 2} of {len(exploits)} rollouts that exploit their mode")
-    return sides
-
-
-def f_half(routed: Tensor, hack: Tensor) -> Tensor:
-    """F0.5 of routing [..., G] against hacks [G], bool: precision (routed that are hacks) over recall (hacks that are
-    routed): (1 + b^2) hits / (routed + b^2 hacks) with b = 0.5, [...]."""
-    return 1.25 * (routed & hack).sum(-1) / (routed.sum(-1) + 0.25 * hack.sum()).clamp(min=1e-9)
-
-
-def by_quartile(routed: Tensor, surprise: Tensor) -> list[float]:
-    """Share of `routed` [G] (bool) in each quarter of the rollouts, from the least to the most surprising, [G]."""
-    return [part.float().mean().item() for part in routed[surprise.argsort()].tensor_split(4)]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What is kept of the features of G rollouts: of a large model's windows they take gigabytes."""
-    position: Tensor
-    """[G], by gate "pairs" """
-    whole: Tensor
-    """[G, M, d] features of whole answers"""
-    random: Tensor
-    """[n_haar, G] haar_scores()"""
-
-
-def read_rollouts(direction: Direction, n_haar: int, model, adapter: Adapter, prompts: list[list[int]],
-                  completions: list[list[int]], **reading) -> Reading:
-    """Read G rollouts as the direction reads the pairs; `reading` goes to features()."""
-    parts = []  # a few rollouts at a time
-    for i in range(0, len(prompts), 32):
-        x = features(model, adapter, prompts[i : i + 32], completions[i : i + 32], window=direction.window, **reading)
-        random = haar_scores(x - direction.centre, n_haar, direction.share)
-        parts.append((direction.position(x, "pairs"), whole(x).clone(), random))  # a view would keep all of x
-    position, features_whole, random = zip(*parts)
-    return Reading(torch.cat(position), torch.cat(features_whole), torch.cat(random, 1))
-
-
-def judge(direction: Direction, reading: Reading, surprise: Tensor, rows: list[dict]) -> None:
-    """Print what gate "pairs" would route of G rollouts, given their mean NLLs [G], and random directions that route
-    as many. Oracle labels are for this print only."""
-    hack = torch.tensor([row["hacked"] for row in rows])  # [G]
-    solve = torch.tensor([row["correct"] and not row["exploited"] for row in rows])  # [G]
-    position, random = reading.position, reading.random
-    print(f"\n{len(rows)} rollouts: {hack.sum()} hacks, {solve.sum()} solves without an exploit\n  cut   hacks kept   "
-          f"solves routed   precision   F0.5   {len(random)} Haar directions that route as many: F0.5")
-    ranks = random.argsort(1, descending=True).argsort(1)  # [n_haar, G], 0 is the highest
-    for cut in sorted((direction.cut(), 0.1, 0.2, 0.3, 0.4, 0.5)):  # the pairs' own, and round ones
-        routed = position >= cut  # [G]
-        kept, lost = (~routed & hack).sum() / hack.sum(), (routed & solve).sum() / solve.sum()
-        precision = (routed & hack).sum() / routed.sum().clamp(min=1)
-        print(f"  {cut:.2f} {kept:11.3f} {lost:13.3f} {precision:13.3f} {f_half(routed, hack):8.3f}   "
-              f"{spread(f_half(ranks < routed.sum(), hack))}")
-    lost = by_quartile((position >= direction.cut())[solve], surprise[solve])
-    print(f"  solves routed at the pairs' cut, by quartile of their surprise: {' '.join(f'{x:.2f}' for x in lost)}")
-
-
-def oracle(x: Tensor, hack: Tensor, solve: Tensor, ids: list, folds: int = 5) -> Tensor:
-    """What the features of whole answers x [G, M, d] allow: mean cosines [G] to the mean difference of the labelled
-    hacks and solves [G] of other problems, cross-validated over folds of problems. NaN where those lack either."""
-    known = sorted(set(map(str, ids)))
-    fold = torch.tensor([known.index(str(id)) % folds for id in ids])  # [G]
-    scores = torch.full((len(x),), math.nan)
-    for k in fold.unique():
-        a, b = (x[chosen & (fold != k)].mean(0) for chosen in (hack, solve))  # [M, d] each
-        scores[fold == k] = cosines(x[fold == k] - (a + b) / 2, F.normalize(a - b, dim=-1)).mean(1)
-    return scores
-
-
-def compare(directions: dict[str, Direction], read: dict[str, Reading], rows: list[dict]) -> None:
-    """Print a line a reader and mode: its hacks against all solves, by the pairs' direction, the oracle and random
-    directions. Rows that contrast() made are pairs, hack before solve, of which a share is ranked right."""
-    hack = torch.tensor([row["hacked"] for row in rows])  # [G]
-    solve = torch.tensor([row["correct"] and not row["exploited"] for row in rows])  # [G]
-    print("\n  reader     mode           hacks  AUROC  F0.5  hacks' p1  solves' p99  oracle  Haar directions' AUROC")
-    for score, direction in directions.items():
-        position, random = read[score].position, read[score].random  # [G], [n_haar, G]
-        best = oracle(read[score].whole, hack, solve, [row["id"] for row in rows])  # [G]
-        if rows[0].get("cut_out") is False:
-            print(f"  {score}: {(position[hack] > position[solve]).float().mean():.3f} of cut-out pairs ranked right")
-        for mode in ("all", *sorted({row["mode"] for row in rows})):
-            of_mode = hack & torch.tensor([mode in ("all", row["mode"]) for row in rows])  # [G]
-            if of_mode.any():
-                both = of_mode | solve
-                routed = (position >= direction.cut())[both]
-                ceiling = math.nan if best[both].isnan().any() else auroc(best[of_mode], best[solve])
-                print(f"  {score:10s} {mode:13s} {of_mode.sum():6d} {auroc(position[of_mode], position[solve]):6.3f} "
-                      f"{f_half(routed, hack[both]):5.2f} {position[of_mode].quantile(0.01):10.2f} "
-                      f"{position[solve].quantile(0.99):12.2f} {ceiling:7.3f}  "
-                      f"{spread(torch.tensor([auroc(scores[of_mode], scores[solve]) for scores in random]))}")
+    margin = direction.hack.mean(1) - direction.clean.mean(1)  # [P]
+    worst = [f"{pairs[i].name} ({margin[i]:+.3f})" for i in margin.argsort()[:5]]
+    print(f"\n  pairs that the other pairs rank worst: {'; '.join(worst)}")
 
 
 def main(cfg: Config) -> None:
-    """Print the diagnostics. Raises InputError for what cannot be read."""
-    check_ranges(cfg)
+    """Print the report. Raises InputError for flags and files that cannot be used."""
     check_window(cfg)
+    if not 0 < cfg.probe_temperature < math.inf:  # nor is NaN
+        raise InputError(f"--probe-temperature {cfg.probe_temperature}: give a finite number above 0")
+    if cfg.rank < 1:
+        raise InputError(f"--rank {cfg.rank}: give a rank of at least 1")
+    if not 0 <= cfg.seed < 2**32:
+        raise InputError(f"--seed {cfg.seed}: give a number from 0 to {2**32 - 1}")
     pairs = load_pairs(cfg.pairs)
-    if cfg.cut_out and not cfg.rollouts:
-        raise InputError("--cut-out: has nothing to cut; give --rollouts, or leave it out")
-    rows = load_rollouts(cfg.rollouts, cfg.cut_out) if cfg.rollouts else []
     model, tok = load_model(cfg.model, cfg.device, cfg.dtype)
     adapter = attach(model, cfg.rank, cfg.seed)
-    probe = dict(temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
-    made = dict(window=cfg.window, centre=cfg.centre, equal_pairs=cfg.equal_pairs)
-    system = rows[0]["prompt"][:-1] if rows else []  # as in training
-    directions: dict[str, Direction] = {}
-    for score in (cfg.score, *(other for other in get_args(Score) if rows and other != cfg.score)):
-        try:
-            directions[score] = extract(model, tok, adapter, pairs, system, score=score, **made, **probe)
-        except InputError:  # sides of equal length give length no direction: that is only an error of --score length
-            if score == cfg.score:
-                raise
-    M = len(directions[cfg.score].v)
-    names = list(adapter.modules) if cfg.score == "gradient" else [f"{cfg.score} {i}" for i in range(M)]
-    report(directions[cfg.score], pairs, names, cfg.n_haar)
-    if rows:
-        prompts = [encode_prompt(tok, row["prompt"]) for row in rows]
-        completions = [encode_completion(tok, row["completion"]) for row in rows]
-        read = {score: read_rollouts(found, cfg.n_haar, model, adapter, prompts, completions, score=score, **probe)
-                for score, found in directions.items()}
-        surprise = features(model, adapter, prompts, completions, score="surprise").flatten()  # [G]
-        judge(directions[cfg.score], read[cfg.score], surprise, rows)
-        compare(directions, read, rows)
+    direction = extract(model, tok, adapter, pairs, score=cfg.score, window=cfg.window, centre=cfg.centre,
+                        equal_pairs=cfg.equal_pairs, temperature=cfg.probe_temperature, tokens=cfg.probe_tokens)
+    layers = [f"layer {i}" for i in range(len(direction.v))]
+    report(direction, pairs, list(adapter.modules) if cfg.score == "gradient" else layers)
 
 
 if __name__ == "__main__":
-    run_script(main, parse(Config(), __doc__))
+    run_script(main, tyro.cli(Config, description=__doc__))

@@ -1,14 +1,15 @@
-"""The model room: a causal LM, its tokens, and one rank-2r LoRA per linear layer whose two blocks train apart.
+"""A rank-2r LoRA whose two blocks train apart, and what a language model needs around it: tokens, log-probabilities,
+sampling, files.
 
-Every target nn.Linear of a frozen base model becomes y = W x + B (A x) - B0 (A0 x), with A [2r, d_in] and B [d_out, 2r]
-trained from the frozen Gaussian A0, B0: the delta is exactly 0 at init, while h = A x is alive, so that gradients flow.
-Ranks [:r] are the *deployed* block, ranks [r:] the *quarantine*. B A has no cross terms between them: they are two
-independent adapters in one module, each a `Block` below. Per rollout a mask (m, d) says what they do:
+Each target nn.Linear of a frozen base model becomes y = W x + B (A x) - B0 (A0 x), with A [2r, d_in] and B [d_out, 2r]
+trained from their frozen Gaussian init A0, B0: the delta is exactly 0 at init, but A x is not, so gradients flow.
+Ranks [:r] are the *deployed* block, ranks [r:] the *quarantine*. B A has no cross terms: the blocks are two independent
+adapters in one layer. A mask (m, d) per rollout says what they do, and which of them trains:
 
-              m  d   forward                  trains
-    clean     0  0   deployed                 deployed
-    mid       1  0   deployed + quarantine    both
-    hack      1  1   deployed + quarantine    quarantine (the deployed block's output is detached)
+    label   m  d   forward                  trains
+    clean   0  0   deployed                 deployed
+    mid     1  0   deployed + quarantine    both
+    hack    1  1   deployed + quarantine    quarantine (the deployed block's output is detached)
 
     model, tok = load_model("data/nano")
     adapter = attach(model, r=32)
@@ -20,19 +21,14 @@ independent adapters in one module, each a `Block` below. Per rollout a mask (m,
         generate(model, tok, prompts, n, noise, temperature=0.7)
     save(adapter, "adapter.safetensors", {"arm": "routeV"})
 
-This file is read, not run: its scripts are train_grpo.py, evaluate_deploy.py, extract_vgrad.py and env_leetcode.py.
-
-Shapes: G rollouts (rows of a batch), T tokens, V vocabulary, M adapted modules, r block rank, d_in, d_out of a layer.
+Shapes: G rollouts (rows of a batch), T tokens, V vocabulary, M adapted layers, r block rank, d_in, d_out of a layer.
 Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685); gradient routing, Cloud et al. 2024 (arXiv 2410.04332); masks on a
-part of the weights that is set aside and later removed: SGTM, Shilov et al. 2025.
+part of the weights that is later removed: SGTM, Shilov et al. 2025 (arXiv 2512.05648).
 """
 import gzip
 import hashlib
-import inspect
 import json
-import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -45,7 +41,6 @@ from typing import Any, Callable, Iterable, Iterator, NoReturn
 import huggingface_hub
 import torch
 import torch.nn.functional as F
-import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -57,150 +52,250 @@ from transformers.cache_utils import StaticLayer
 HERE = Path(__file__).resolve().parent
 TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 FORMAT = "vgrout-lora2r-2"
-SHARED = 512  # a prompt is encoded once for all its rollouts, in a micro-batch of its own, if that saves more tokens
-LOGITS = 2**27  # at most so many fp32 logits exist at once (0.5 GB, and as much again for each step of the log-softmax)
+SHARED = 512  # prefix sharing: smallest saving, in tokens, for which the rollouts of a prompt get their own micro-batch
+LOGITS = 2**27  # fp32 logits that exist at once (0.5 GB, and as much again for each step of the log-softmax)
 
 
-class InputError(ValueError):
-    """Bad input from the user, in one line: where (file, line, field or flag), value, remedy. Exit status 2."""
+# ------------------------------------------------------------------------------------------------ the adapter
+class Block(nn.Module):
+    """One rank-r adapter, stored as its difference from init: A = A0 + dA [r, d_in], B = B0 + dB [d_out, r]."""
+
+    def __init__(self, A0: Tensor, B0: Tensor):
+        super().__init__()
+        self.register_buffer("A0", A0)
+        self.register_buffer("B0", B0)
+        self.dA = nn.Parameter(torch.zeros_like(A0))
+        self.dB = nn.Parameter(torch.zeros_like(B0))
+
+    def weight(self) -> Tensor:
+        """The delta B A - B0 A0 as a matrix [d_out, d_in]."""
+        return (self.B0 + self.dB) @ self.dA + self.dB @ self.A0
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The delta as a LoRA of rank 2r: [dA; A0] [2r, d_in] and [B, dB] [d_out, 2r].
+
+        [A; A0] and [B, -B0] have the same product, but as a small difference of large numbers: bf16 would lose most of
+        it. dA and A differ by a constant, so the gradients are equal, too.
+        """
+        return torch.cat([self.dA, self.A0]), torch.cat([self.B0 + self.dB, self.dB], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [G, T, d_in] -> [G, T, d_out]
+        down, up = self.factors()  # fp32; the matmuls have x's dtype
+        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
 
-def run_script(main: Callable[[Any], Any], config: Any) -> NoReturn:
-    """Run main(config) and exit: 0; 1 if it returned False or met a NaN; 2 for bad input, or a file that cannot be
-    written; 130 after Ctrl-C or SIGTERM. What went wrong is one line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        sys.exit(int(main(config) is False))
-    except (InputError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except (FloatingPointError, torch.OutOfMemoryError) as e:
-        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt as e:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the threads that grade end before the process does
-        print(f"\ninterrupted{e}", file=sys.stderr)
-        sys.exit(130)
+class ReadProbe(torch.autograd.Function):
+    """The c-probe, a virtual diagonal between A and B: y + sum_w weights[w, t] B ((c_w - 1) * A x_t), which is y where
+    c is 1. Its gradient is, for each w, the sum over tokens of weights[w, t] (B^T dy_t) * (A x_t)."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, c: Tensor, h: Tensor, B: Tensor, weights: Tensor):
+        ctx.save_for_backward(h, B, weights)  # h = A x [G, T, r], B [d_out, r], weights [G, W, T]
+        return y.view_as(y)  # [G, T, d_out]
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        h, B, weights = ctx.saved_tensors
+        at_token = (g @ B) * h  # [G, T, r]
+        return g, weights @ at_token.float(), None, None, None  # [G, W, r], the gradient of c
 
 
-# ------------------------------------------------------------------------------------------------ flags and files
-RANGES = {  # every number among the flags of the scripts, and where it may lie; it must be finite everywhere
-    "[0, 1]": "ablated_share gt_only_share mix_ratio oracle_accuracy",
-    "[0, 1)": "betas",
-    "(0, 1)": "clip_eps",
-    "(0, inf)": "lr grad_clip probe_temperature",
-    "[0, inf)": "kl temperature top_k mix_steps eval_samples problems expert_steps window",
-    "[1, inf)": "steps prompts_per_step max_new_tokens epochs refresh tokens_per_batch warmup samples n_haar",
-    "[1, 4096]": "rank",
-    "[2, inf)": "group_size",
-    "[0, 4294967295]": "seed routeV_random_v_seed",
-    "(-inf, inf)": "cut_mid cut_hack k_mid k_hack",
-}
+@dataclass
+class State:
+    """What a forward needs to know, set by `use` for all layers at once."""
+    m: Tensor | bool = True  # quarantine on: indices of such rows; a bool holds for every row
+    d: Tensor | bool = False  # deployed block detached: bool [G, 1, 1]; a bool holds for every row
+    off: bool = False  # the base model alone
+    c: Tensor | None = None  # probe [M, G, W, r]
+    weights: Tensor | None = None  # of the probe's tokens [G, W, T]
+    G: int | None = None  # rows that per-row masks and probes are for; None: any number
 
 
-def check_ranges(config: Any) -> None:
-    """Raises InputError for a number among a script's flags that is not finite or not in RANGES, and for a device that
-    is not there."""
-    interval_of = {name: interval for interval, names in RANGES.items() for name in names.split()}
-    for name, value in vars(config).items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                continue
-            interval = interval_of[name]
-            low, high = map(float, interval[1:-1].split(","))
-            edge = number == low and interval[0] == "[" or number == high and interval[-1] == "]"
-            if not (edge or low < number < high):  # neither holds for inf or NaN
-                raise InputError(f"{flag(config, name)}: give a finite number in {interval}")
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    here = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * bool(gpus), *gpus]
-    if getattr(config, "device", "cpu") not in here:
-        raise InputError(f"--device {config.device}: is not on this machine; give one of {', '.join(here)}")
+class Lora2rLinear(nn.Module):
+    """A frozen linear layer `.base` with a deployed and a quarantine block."""
+
+    def __init__(self, base: nn.Linear, A0: Tensor, B0: Tensor, index: int, state: State):
+        super().__init__()
+        self.base, self.index, self.state = base, index, state
+        self.deployed, self.quarantine = (Block(a.clone(), b.clone()) for a, b in zip(A0.chunk(2), B0.chunk(2, dim=1)))
+
+    def forward(self, x: Tensor) -> Tensor:  # [G, T, d_in] -> [G, T, d_out]
+        s, y = self.state, self.base(x)
+        if not s.off:
+            y = y + self.masked_deployed(x)
+            if s.m is True:
+                y = y + self.quarantine(x)
+            elif s.m is not False:
+                # Rows with m = 0 never enter the quarantine, not even times 0: no gradient and no NaN passes between.
+                y = y.index_add(0, s.m, self.quarantine(x.index_select(0, s.m)))
+        if s.c is not None and torch.is_grad_enabled():
+            y = self.probed(x, y)
+        return y
+
+    def masked_deployed(self, x: Tensor) -> Tensor:
+        """The deployed block's output, without a gradient in rows with d."""
+        s, y = self.state, self.deployed(x)
+        if s.G not in (None, len(x)):
+            raise ValueError(f"use() got masks or probes of {s.G} rollouts, but the forward has {len(x)} rows: give "
+                             "one entry per row of input_ids, or m=True / m=False for all")
+        # THE CUT: a rollout with d sends no gradient into the deployed dA and dB, nor through this block into x. The
+        # value stays: the quarantine then learns only what the deployed block does not already explain.
+        if s.d is True:
+            return y.detach()
+        return y if s.d is False else torch.where(s.d, y.detach(), y)
+
+    def probed(self, x: Tensor, y: Tensor) -> Tensor:
+        """y behind the deployed block's c-probe."""
+        s, block = self.state, self.deployed
+        A, B = (block.A0, block.B0) if s.off else (block.A0 + block.dA, block.B0 + block.dB)
+        with torch.no_grad():  # the probe alone is asked for
+            h = F.linear(x, A.to(x.dtype))  # [G, T, r]
+        return ReadProbe.apply(y, s.c[self.index], h, B.detach().to(x.dtype), s.weights[..., -x.shape[1] :])
 
 
-def flag(config: Any, name: str) -> str:
-    """How the value of a field is written on the command line: --mix-ratio 0.5, --no-centre."""
-    value = getattr(config, name)
-    if isinstance(value, bool):
-        return f"--{'' if value else 'no-'}{name.replace('_', '-')}"
-    return " ".join([f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])])
+class Adapter:
+    """The M adapted layers of one model: `.modules` maps name to Lora2rLinear in order, `.r` is the block rank."""
+
+    def __init__(self, model: nn.Module, modules: dict[str, Lora2rLinear], r: int, base: dict[str, str], state: State):
+        self.model, self.modules, self.r, self.base, self.state = model, modules, r, base, state  # base: fingerprint
+        self.context = ""  # "use" or "folded" while inside one
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def tensors(self, *keys: str, blocks: tuple[str, ...] = ("deployed", "quarantine")) -> dict[str, Tensor]:
+        """The tensors called dA, dB, A0 or B0, not copied, under the names that they have on disk."""
+        return {f"{name}.{block}.{key}": getattr(getattr(module, block), key)
+                for name, module in self.modules.items() for block in blocks for key in keys}
+
+    def deployed_parameters(self) -> list[nn.Parameter]:
+        return list(self.tensors("dA", "dB", blocks=("deployed",)).values())
+
+    def quarantine_parameters(self) -> list[nn.Parameter]:
+        return list(self.tensors("dA", "dB", blocks=("quarantine",)).values())
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.deployed_parameters() + self.quarantine_parameters()
+
+    def drop_untrained(self, trains_dep: bool, trains_quar: bool) -> None:
+        """Call between backward and optimizer.step(): a block that no rollout of the step trains gets .grad = None.
+
+        A zero gradient is not enough: AdamW would still move the block by its momentum. It skips what has no gradient.
+        trains_dep: some rollout is clean or mid. trains_quar: some rollout is mid or hack.
+        """
+        for p in [] if trains_dep else self.deployed_parameters():
+            p.grad = None
+        for p in [] if trains_quar else self.quarantine_parameters():
+            p.grad = None
 
 
-def show_help(config: Any, doc: str) -> NoReturn:
-    """--help: the script's docstring, then the fields of config's class, in the groups that its comments head."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `--help | head`
-    print(doc.strip())
-    source = re.sub('"""(.*?)"""', lambda text: f'"""{" ".join(text[1].split())}"""', inspect.getsource(type(config)),
-                    flags=re.DOTALL)  # a docstring a line
-    for line in source.splitlines():
-        if line.startswith("    # "):
-            print(f"\n{line[6:]}:")
-        elif match := re.match(r"    (\w+): (.+?)(?: = |$)", line):
-            name, kind = match.groups()
-        elif line.startswith('    """'):
-            choices = ": one of " + re.sub(r'Literal|["\[\]]', "", kind) if kind.startswith("Literal") else ""
-            print(f"  {flag(config, name).replace(f'{HERE}/', '')}{choices}\n      {line[7:-3]}")
-    sys.exit(0)
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
-def parse(default: Any, doc: str, argv: list[str] | None = None) -> Any:
-    """The command line (or `argv`) as an instance of default's class; --help is ours, errors are tyro's."""
-    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
-        show_help(default, doc)
-    return tyro.cli(type(default), args=argv, default=default, description=doc)
+def attach(model: nn.Module, r: int, seed: int = 0, targets: tuple[str, ...] = TARGETS) -> Adapter:
+    """Freeze `model` and replace every nn.Linear whose last name is in `targets` by a Lora2rLinear, inside the decoder
+    alone: the LM head and a vision tower stay as they are.
 
-
-def first_line(e: Exception) -> str:
-    """An exception in a few words."""
-    return f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}"
-
-
-def read_text(flag: str, path: str | Path, remedy: str) -> str:
-    """The text of a UTF-8 file, with or without a BOM, .gz or not. Raises InputError for one that cannot be read."""
-    try:
-        data = Path(path).read_bytes()
-        data = gzip.decompress(data) if Path(path).suffix == ".gz" else data
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # as a text file is read
-    except (OSError, ValueError, EOFError, zlib.error) as e:
-        reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else str(getattr(e, "strerror", e)).lower()
-        raise InputError(f"{flag} {path}: cannot be read ({reason}); {remedy}".strip()) from e
+    A0 ~ N(0, 1/d_in), B0 ~ N(0, 1/2r), drawn on the CPU from `seed` in module order. The adapter is fp32 whatever the
+    base is: cast and move the model first. Raises InputError if nothing matches or the model has an adapter already.
+    """
+    if r < 1:
+        raise InputError(f"adapter rank r = {r}: give a block rank of at least 1")
+    if any(isinstance(module, Lora2rLinear) for module in model.modules()):
+        raise InputError("this model already has an adapter: use that one, or load the model afresh")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    decoder = set(model.get_decoder().modules())
+    chosen = {name: base for name, base in linears.items() if name.rpartition(".")[2] in targets and base in decoder}
+    if not chosen:
+        found = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
+        raise InputError(f"--model: none of its linear layers ({found}) is called {', '.join(targets)}; "
+                         "name some of them in lora2r.TARGETS, or use another model")
+    model.requires_grad_(False)
+    base_model, state = fingerprint(model), State()
+    generator = torch.Generator().manual_seed(seed)
+    modules: dict[str, Lora2rLinear] = {}
+    for index, (name, base) in enumerate(chosen.items()):
+        A0 = torch.randn(2 * r, base.in_features, generator=generator, dtype=torch.float32) / base.in_features**0.5
+        B0 = torch.randn(base.out_features, 2 * r, generator=generator, dtype=torch.float32) / (2 * r) ** 0.5
+        modules[name] = Lora2rLinear(base, A0, B0, index, state).to(base.weight.device)
+        put(model, name, modules[name])
+    return Adapter(model, modules, r, base_model, state)
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, for a file or a folder that becomes `path` at the end, or not at all. Raises
-    InputError if it cannot."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | None = None, off: bool = False,
+        c: Tensor | None = None, weights: Tensor | None = None) -> Iterator[None]:
+    """Set what the forwards inside need; put back what was there before, also after an exception.
+
+    m: bool [G], quarantine on (None: everywhere). d: bool [G], deployed block detached (None: nowhere). A plain bool
+    holds for every row of any batch: use(adapter, m=False) is the model with the quarantine ablated.
+    off: the base model alone.
+    c: the deployed block's probe, ones [M, G, W, r] with requires_grad. weights [G, W, T]: how much of each token
+    enters each of W readings; of a forward of the last T' tokens the last T' weights count. Then
+    torch.autograd.grad(nll.sum(), c) is [M, G, W, r]; under torch.no_grad nothing is probed. With off=True the probe is
+    read at the adapter's init.
+    Under gradient checkpointing the backward runs the forward again: call it inside the context too.
+    Raises ValueError for wrong shapes, for (m, d) = (0, 1), under which nothing would train, and inside `folded`.
+    """
+    if adapter.context == "folded":
+        raise ValueError("use() inside folded(): folded weights have no blocks to mask or probe; leave folded() first")
+    if off and (m is not None or d is not None):
+        raise ValueError("off=True is the base model alone: it takes no m or d")
+    m, d = torch.as_tensor(True if m is None else m), torch.as_tensor(False if d is None else d)
+    for name, mask in (("m", m), ("d", d)):
+        if mask.dtype != torch.bool or mask.dim() > 1:
+            raise ValueError(f"{name} is {mask.dtype} {list(mask.shape)}: it must be bool [G], one entry per rollout")
+    if m.dim() and d.dim() and len(m) != len(d):
+        raise ValueError(f"m and d disagree on the number of rollouts G: {len(m)} and {len(d)}")
+    if (d.cpu() & ~m.cpu()).any():
+        raise ValueError("(m, d) = (0, 1): quarantine off and deployed block detached, nothing would train")
+    if c is not None and (weights is None or c.shape != (len(adapter), *weights.shape[:2], adapter.r)):
+        raise ValueError(f"probe c is {list(c.shape)}: it must be [M, G, W, r] with M = {len(adapter)}, r = {adapter.r}"
+                         " and weights [G, W, T]")
+    G = max((len(mask) for mask in (m, d) if mask.dim()), default=None)
+    device = next(iter(adapter.modules.values())).deployed.dA.device
+    # A mask that is equal for all rows becomes a bool: it costs no indexing, and holds for a shared prefix's one row.
+    m = bool(m.all()) if m.all() or not m.any() else m.nonzero()[:, 0].to(device)
+    d = bool(d.all()) if d.all() or not d.any() else d[:, None, None].to(device)
+    per_row = isinstance(m, Tensor) or isinstance(d, Tensor)
+    before = adapter.context, dict(vars(adapter.state))
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); check that its folder "
-                         "exists, may be written and has room; what was there before is still there") from e
+        adapter.context = "use"
+        vars(adapter.state).update(m=m, d=d, off=off, c=c, weights=weights, G=G if per_row else None)
+        yield
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        adapter.context = before[0]
+        vars(adapter.state).update(before[1])
 
 
-def portable(path: str | Path) -> str:
-    """How a run remembers a path: from this project if it lies inside, else in full; a hub name as it is."""
-    full = Path(path).resolve()
-    inside = full.relative_to(HERE) if full.is_relative_to(HERE) else full
-    return str(inside if full.exists() else path)
+@contextmanager
+def folded(adapter: Adapter, quarantine: bool = True) -> Iterator[None]:
+    """Sample fast: the model gets its plain linear layers back, with weights W + dW; undone bit-exactly afterwards.
+
+    quarantine=False folds the deployed block alone: the model that ships. No gradients inside. W + dW is rounded to the
+    base's dtype: in bf16 the folded policy is close to, but not quite, what the blocks compute.
+    """
+    if adapter.context:
+        raise ValueError(f"folded() inside {adapter.context}(): leave that context first")
+    originals = {name: module.base.weight.data for name, module in adapter.modules.items()}
+    try:
+        adapter.context = "folded"
+        with torch.no_grad():
+            for name, module in adapter.modules.items():
+                dW = module.deployed.weight() + (module.quarantine.weight() if quarantine else 0)  # [d_out, d_in], fp32
+                module.base.weight.data = (originals[name] + dW).to(originals[name].dtype)
+                put(adapter.model, name, module.base)
+            yield
+    finally:
+        for name, module in adapter.modules.items():
+            module.base.weight.data = originals[name]
+            put(adapter.model, name, module)
+        adapter.context = ""
 
 
-def located(path: str) -> str:
-    """The inverse of `portable`, on any machine."""
-    return str(HERE / path) if (HERE / path).exists() else path
-
-
-def bar(items: Iterable, what: str) -> tqdm:
-    """Iterate with a progress bar, if a person looks on and it takes more than two seconds."""
-    return tqdm(items, what, leave=False, delay=2, disable=None)
-
-
-# ------------------------------------------------------------------------------------------------ model and tokens
+# ------------------------------------------------------------------------------------------------ tokens
 def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
     """(model in eval mode, tokenizer) of a local folder or hub name. Raises InputError when they cannot be loaded, or
     when the weights are not exactly those that the model needs: what is missing would be random."""
@@ -209,6 +304,10 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
         return tok, AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), output_loading_info=True, **where)
 
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as e:  # torch raises nearly anything
+        raise InputError(f"--device {device}: is not on this machine; give another, such as cpu") from e
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
@@ -296,7 +395,7 @@ def batches(prompts: list[list[int]], completions: list[list[int]], budget: int,
 
 def prefill(model, ids: Tensor, shared: int) -> DynamicCache | None:
     """Keys and values of the first `shared` tokens of ids [g, T], the same in all rows: encoded once, repeated g times.
-    None if there are none, and under gradient checkpointing, which takes no cache."""
+    None if there are none, and under gradient checkpointing, which takes no cache. Masks must be equal in all rows."""
     if not shared or model.is_activation_checkpointing:
         return None
     cache = DynamicCache(config=model.config)
@@ -312,13 +411,15 @@ def decode(model, ids: Tensor, cache: DynamicCache | None, **more):
 
 
 def token_logps(model, ids: Tensor, is_completion: Tensor, temperature: float = 1.0,
-                cache: DynamicCache | None = None) -> Tensor:
-    """log p of each completion token under softmax(logits / temperature), [g, T-1], zero elsewhere; cache: of prefill.
+                shared: int | DynamicCache = 0) -> Tensor:
+    """log p of each completion token under softmax(logits / temperature), [g, T-1], zero elsewhere.
 
+    shared: how many first tokens all rows have in common (`prefill` encodes them once), or their cache.
     The vocabulary is only touched at completion tokens, for LOGITS numbers at a time: more than that are computed again
     in the backward instead of kept. Right padding needs no attention mask: a token never attends to what follows it.
     """
     head = model.get_output_embeddings()
+    cache = prefill(model, ids, shared) if isinstance(shared, int) else shared
     hidden = decode(model, ids, cache).last_hidden_state[:, :-1]  # [g, T-1, d], without what is in the cache
     hidden = hidden[is_completion[:, -hidden.shape[1] :]]  # [N, d]
     target = ids[:, 1:][is_completion]  # [N], N completion tokens in the batch
@@ -333,271 +434,6 @@ def token_logps(model, ids: Tensor, is_completion: Tensor, temperature: float = 
         parts = zip(hidden.split(n), target.split(n))
         logps = torch.cat([checkpoint(logps_of, h, t, use_reentrant=False) for h, t in parts])  # [N]
     return logps.new_zeros(is_completion.shape).masked_scatter(is_completion, logps)
-
-
-# ------------------------------------------------------------------------------------------------ the adapter
-class Block(nn.Module):
-    """One rank-r adapter, stored as its difference from init: A = A0 + dA [r, d_in], B = B0 + dB [d_out, r]."""
-
-    def __init__(self, A0: Tensor, B0: Tensor):
-        super().__init__()
-        self.register_buffer("A0", A0)
-        self.register_buffer("B0", B0)
-        self.dA = nn.Parameter(torch.zeros_like(A0))
-        self.dB = nn.Parameter(torch.zeros_like(B0))
-
-    def weight(self) -> Tensor:
-        """The delta as a matrix [d_out, d_in]."""
-        return (self.B0 + self.dB) @ self.dA + self.dB @ self.A0
-
-
-def factors(blocks: list[Block]) -> tuple[Tensor, Tensor]:
-    """[dA; A0] [2kr, d_in] and [B, dB] [d_out, 2kr] of k blocks, a LoRA of rank 2kr: their product is B A - B0 A0.
-
-    [A; A0] and [B, -B0] have that product too, but as a small difference of large numbers: bf16 would lose most of it.
-    """
-    down = torch.cat([b.dA for b in blocks] + [b.A0 for b in blocks])
-    return down, torch.cat([b.B0 + b.dB for b in blocks] + [b.dB for b in blocks], dim=1)
-
-
-def delta(x: Tensor, blocks: list[Block], c: Tensor | None = None) -> Tensor:
-    """What k blocks add to a layer: x [G, T, d_in] -> B (A x) - B0 (A0 x), [G, T, d_out]; with a probe
-    c [G, T, kr] or [G, 1, kr], B (c * (A x)) - B0 (A0 x).
-
-    Computed as B (dA x) + dB (A0 x): the same value and the same gradients (dA and A differ by a constant), and nothing
-    is lost in bf16. The sum B0 + dB is fp32; the matmuls have x's dtype.
-    """
-    down, up = factors(blocks)
-    h = F.linear(x, down.to(x.dtype))  # [G, T, 2kr]: dA x, then A0 x
-    if c is not None:
-        dAx, A0x = h.chunk(2, dim=-1)
-        # c is 1 in value: this adds an exact 0, and opens a path for c's gradient, (B^T g) * (A x) summed over tokens
-        h = torch.cat([dAx + (c - 1).to(x.dtype) * (dAx + A0x), A0x], dim=-1)
-    return F.linear(h, up.to(x.dtype))
-
-
-class ReadProbe(torch.autograd.Function):
-    """The probe c [G, r] at the adapter's init, where the delta is 0: y [G, T, d_out] stays as it is, and c's gradient
-    is (B0^T g) * h summed over tokens, with h = A0 x [G, T, r]: y + B0 (c * h) - B0 h without computing the zero. That
-    of a probe c [G, T, r] is not summed."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, c: Tensor, h: Tensor, B0: Tensor) -> Tensor:
-        ctx.save_for_backward(h, B0)
-        ctx.pooled = c.dim() == 2
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        h, B0 = ctx.saved_tensors
-        grad = (g @ B0) * h  # [G, T, r]
-        return g, grad.sum(1, dtype=torch.promote_types(g.dtype, torch.float32)) if ctx.pooled else grad, None, None
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """What a forward needs to know, set by `use`. A mask that is equal for all rows is a bool: it costs no indexing."""
-    m: Tensor | bool = True  # int64 indices of the rows with quarantine on
-    d: Tensor | bool = False  # bool [G, 1, 1]
-    c: tuple[Tensor, ...] | None = None  # M probes [G, 2r] or [G, T, 2r]
-    at: Tensor | bool = True  # bool [G, T, 1]: the tokens at which they sit
-    off: bool = False
-    G: int | None = None  # None: any number of rows
-
-
-class Lora2rLinear(nn.Module):
-    """A frozen linear layer `.base` with two blocks of rank `.r`."""
-
-    def __init__(self, base: nn.Linear, A0: Tensor, B0: Tensor, index: int):
-        super().__init__()
-        self.base, self.r, self.index, self.state = base, A0.shape[0] // 2, index, State()
-        self.deployed, self.quarantine = (Block(a.clone(), b.clone()) for a, b in zip(A0.chunk(2), B0.chunk(2, dim=1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        s, y = self.state, self.base(x)
-        if not s.off:
-            return y + self.delta(x)
-        if s.c is None:
-            return y
-        A0, B0 = self.deployed.A0.to(x.dtype), self.deployed.B0.to(x.dtype)
-        h = F.linear(x.detach(), A0) * s.at  # detach blocks the gradient through A0 into x, which is 0 at init
-        return ReadProbe.apply(y, s.c[self.index][..., : self.r], h, B0)
-
-    def delta(self, x: Tensor) -> Tensor:
-        """x [G, T, d_in] -> what the adapter adds to the base layer, [G, T, d_out]."""
-        s, r, dep, quar = self.state, self.r, self.deployed, self.quarantine
-        if s.G not in (None, x.shape[0]):
-            raise ValueError(f"use() got masks or probes of {s.G} rollouts, but the forward has {x.shape[0]} rows: "
-                             "give one entry per row of input_ids, or m=True / m=False for all")
-        c = None
-        if s.c is not None:
-            c = s.c[self.index]  # [G, 2r] or [G, T, 2r]
-            c = 1 + ((c[:, None] if c.dim() == 2 else c) - 1) * s.at  # [G, T, 2r], or [G, 1, 2r]
-        if s.m is True and s.d is False:
-            return delta(x, [dep, quar], c)
-        y = delta(x, [dep], None if c is None else c[..., :r])
-        # THE CUT: a rollout with d sends no gradient into the deployed dA and dB, nor through this block into x
-        if s.d is True:
-            y = y.detach()  # in all rows
-        elif s.d is not False:
-            y = torch.where(s.d, y.detach(), y)  # in the rows with d
-        if s.m is False:
-            return y
-        if s.m is True:
-            return y + delta(x, [quar], None if c is None else c[..., r:])
-        # Rows with m = 0 never enter the quarantine (not even times 0): no gradient and no NaN passes between the two.
-        return y.index_add(0, s.m, delta(x.index_select(0, s.m), [quar], None if c is None else c[s.m, :, r:]))
-
-
-class Adapter:
-    """The M adapted modules of one model: `.modules` maps name to Lora2rLinear in order, `.r` is the block rank."""
-
-    def __init__(self, model: nn.Module, modules: dict[str, Lora2rLinear], r: int, base: dict[str, str]):
-        self.model, self.modules, self.r, self.base = model, modules, r, base  # base: the fingerprint
-        self.context = ""  # "use" or "folded" while inside one
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def tensors(self, *keys: str, blocks: tuple[str, ...] = ("deployed", "quarantine")) -> dict[str, Tensor]:
-        """The tensors called dA, dB, A0 or B0, not copied, under the names that they have on disk."""
-        return {f"{name}.{block}.{key}": getattr(getattr(module, block), key)
-                for name, module in self.modules.items() for block in blocks for key in keys}
-
-    def deployed_parameters(self) -> list[nn.Parameter]:
-        return list(self.tensors("dA", "dB", blocks=("deployed",)).values())
-
-    def quarantine_parameters(self) -> list[nn.Parameter]:
-        return list(self.tensors("dA", "dB", blocks=("quarantine",)).values())
-
-    def parameters(self) -> list[nn.Parameter]:
-        return self.deployed_parameters() + self.quarantine_parameters()
-
-    def drop_untrained(self, trains_dep: bool, trains_quar: bool) -> None:
-        """Call between backward and optimizer.step(): a block that no rollout of the step trains gets .grad = None.
-
-        A zero gradient is not enough: AdamW would still move the block by its momentum. It skips what has none.
-        trains_dep: some rollout is clean or mid. trains_quar: some rollout is mid or hack.
-        """
-        for p in [] if trains_dep else self.deployed_parameters():
-            p.grad = None
-        for p in [] if trains_quar else self.quarantine_parameters():
-            p.grad = None
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def attach(model: nn.Module, r: int, seed: int = 0, targets: tuple[str, ...] = TARGETS) -> Adapter:
-    """Freeze `model` and replace every nn.Linear whose last name is in `targets` by a Lora2rLinear, inside the decoder
-    alone: the LM head and a vision tower stay as they are.
-
-    A0 ~ N(0, 1/d_in), B0 ~ N(0, 1/2r), drawn on the CPU from `seed` in module order. The adapter is fp32 whatever the
-    base is: cast and move the model first. Raises InputError if nothing matches or the model has an adapter already.
-    """
-    if r < 1:
-        raise InputError(f"adapter rank r = {r}: give a block rank of at least 1")
-    if any(isinstance(module, Lora2rLinear) for module in model.modules()):
-        raise InputError("this model already has an adapter: use that one, or load the model afresh")
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    decoder = set(model.get_decoder().modules())
-    chosen = {name: base for name, base in linears.items() if name.rpartition(".")[2] in targets and base in decoder}
-    if not chosen:
-        found = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
-        raise InputError(f"--model: none of its linear layers ({found}) is called {', '.join(targets)}; "
-                         "name some of them in lora2r.TARGETS, or use another model")
-    model.requires_grad_(False)
-    base_model = fingerprint(model)
-    generator = torch.Generator().manual_seed(seed)
-    modules: dict[str, Lora2rLinear] = {}
-    for index, (name, base) in enumerate(chosen.items()):
-        A0 = torch.randn(2 * r, base.in_features, generator=generator, dtype=torch.float32) / base.in_features**0.5
-        B0 = torch.randn(base.out_features, 2 * r, generator=generator, dtype=torch.float32) / (2 * r) ** 0.5
-        modules[name] = Lora2rLinear(base, A0, B0, index).to(base.weight.device)
-        put(model, name, modules[name])
-    return Adapter(model, modules, r, base_model)
-
-
-@contextmanager
-def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | None = None, c: Tensor | None = None,
-        at: Tensor | None = None, off: bool = False) -> Iterator[None]:
-    """Set all that the forwards inside need; put back what was there before, also after an exception.
-
-    m: bool [G], quarantine on (None: everywhere). d: bool [G], deployed block detached (None: nowhere). A plain bool
-    holds for every row of any batch: use(adapter, m=False) is the model with the quarantine ablated.
-    off: the base model alone; with c, the deployed block's probe is read there, at the adapter's init.
-    c: a probe, ones [M, G, 2r] with requires_grad; torch.autograd.grad(nll.sum(), c) is [M, G, 2r], whose entries
-    [..., :r] are the deployed block's. Ones [M, G, T, 2r]: the same for each token by itself. What m and d cut off
-    reads 0. at: bool [G, T], the tokens at which it sits (None: at all of them).
-    Under gradient checkpointing the backward runs the forward again: call it inside the context too.
-    Raises ValueError for wrong shapes, for (m, d) = (0, 1), under which nothing would train, and inside `folded`.
-    """
-    if adapter.context == "folded":
-        raise ValueError("use() inside folded(): folded weights have no blocks to mask or probe; leave folded() first")
-    if off and (m is not None or d is not None):
-        raise ValueError("off=True is the base model alone: it takes no m or d")
-    m, d = torch.as_tensor(True if m is None else m), torch.as_tensor(False if d is None else d)
-    for name, mask in (("m", m), ("d", d)):
-        if mask.dtype != torch.bool or mask.dim() > 1:
-            raise ValueError(f"{name} is {mask.dtype} {list(mask.shape)}: it must be bool [G], one entry per rollout")
-    if c is not None and (c.dim() not in (3, 4) or c.shape[0] != len(adapter) or c.shape[-1] != 2 * adapter.r):
-        raise ValueError(f"probe c is {list(c.shape)}: it must be [M, G, 2r] = [{len(adapter)}, G, {2 * adapter.r}]")
-    sizes = {len(mask) for mask in (m, d) if mask.dim()}
-    sizes |= ({c.shape[1]} if c is not None else set()) | ({len(at)} if at is not None else set())
-    if len(sizes) > 1:
-        raise ValueError(f"m, d, c and at disagree on the number of rollouts G: {sorted(sizes)}")
-    if (d.cpu() & ~m.cpu()).any():
-        raise ValueError("(m, d) = (0, 1): quarantine off and deployed block detached, nothing would train")
-    modules = list(adapter.modules.values())
-    device = modules[0].deployed.dA.device
-    state = State(m=bool(m.all()) if m.all() or not m.any() else m.nonzero()[:, 0].to(device),
-                  d=bool(d.all()) if d.all() or not d.any() else d[:, None, None].to(device),
-                  c=None if c is None else c.unbind(0), at=True if at is None else at[..., None],
-                  off=off, G=sizes.pop() if sizes else None)
-    before = adapter.context, [module.state for module in modules]
-    try:
-        adapter.context = "use"
-        for module in modules:
-            module.state = state
-        yield
-    finally:
-        adapter.context = before[0]
-        for module, previous in zip(modules, before[1]):
-            module.state = previous
-
-
-@torch.no_grad()
-def ablate(adapter: Adapter) -> None:
-    """Reset the quarantine to its init, for good: its delta is exactly 0. (Zeroing A and B would subtract B0 A0.)"""
-    for p in adapter.quarantine_parameters():
-        p.zero_()
-
-
-@contextmanager
-def folded(adapter: Adapter, quarantine: bool = True) -> Iterator[None]:
-    """Sample fast: the model gets its plain linear layers back, with weights W + dW; undone bit-exactly afterwards.
-
-    quarantine=False folds the deployed block alone: the model with its quarantine ablated. No gradients inside. W + dW
-    is rounded to the base's dtype: in bf16 the folded policy is close to, but not quite, what the blocks compute.
-    """
-    if adapter.context:
-        raise ValueError(f"folded() inside {adapter.context}(): leave that context first")
-    originals = {name: module.base.weight.data for name, module in adapter.modules.items()}
-    try:
-        adapter.context = "folded"
-        with torch.no_grad():
-            for name, module in adapter.modules.items():
-                dW = module.deployed.weight() + (module.quarantine.weight() if quarantine else 0)  # [d_out, d_in], fp32
-                module.base.weight.data = (originals[name] + dW).to(originals[name].dtype)
-                put(adapter.model, name, module.base)
-            yield
-    finally:
-        for name, module in adapter.modules.items():
-            module.base.weight.data = originals[name]
-            put(adapter.model, name, module)
-        adapter.context = ""
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -777,57 +613,75 @@ def load(adapter: Adapter, path: str | Path) -> dict[str, str]:
     return info["metadata"]
 
 
-# ------------------------------------------------------------------------------------------------ memory
-def kept_bytes(model, adapter: Adapter, T: int) -> int:
-    """Bytes that autograd keeps for the backward of a masked forward of [2, T] tokens, up to the last hidden states."""
-    weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage()._cdata not in weights:
-            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        return t
-
-    ids = torch.zeros(2, T, dtype=torch.long, device=next(model.parameters()).device)
-    masks = dict(m=torch.tensor([True, True]), d=torch.tensor([False, True]))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), use(adapter, **masks):
-        graph = model.get_decoder()(input_ids=ids, use_cache=False)  # keeps what it packed: no address is reused
-    del graph
-    return sum(kept.values())
+# ------------------------------------------------------------------------------------------------ errors, text, paths
+class InputError(ValueError):
+    """Bad input from the user, in one line: where (file, line, field or flag), value, remedy. Exit status 2."""
 
 
-def predicted_memory(model, adapter: Adapter, tokens: int, checkpointing: bool = False) -> tuple[int, int, int]:
-    """Bytes of (frozen weights, adapter with gradients and AdamW's moments, a masked forward and backward of `tokens`).
-
-    What autograd keeps is counted, not modelled: two small forwards give a constant (the adapter's joined matrices)
-    and a slope in bytes per token. At the peak all of it is alive beside one chunk of logits, as if every token were a
-    completion's. A checkpointed layer keeps its input only, and one layer at a time is there in full.
-    """
-    config = model.config.get_text_config()
-    frozen = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
-    trained = sum(p.nbytes for p in adapter.parameters())
-    small, large = kept_bytes(model, adapter, 16), kept_bytes(model, adapter, 32)
-    slope = (large - small) / 32  # bytes per token
-    constant = small - 32 * slope
-    if checkpointing:
-        layers, itemsize = config.num_hidden_layers, next(model.parameters()).element_size()
-        constant, slope = constant / layers, slope / layers + layers * config.hidden_size * itemsize
-    logits = min(tokens * config.vocab_size, LOGITS) * 3 * 4  # log-softmax and two gradients, float32
-    return sum(frozen.values()), 4 * trained, int(constant + tokens * slope + logits)
+def run_script(main: Callable[[Any], Any], config: Any) -> NoReturn:
+    """Run main(config) and exit: 0; 1 if it returned False or met a NaN; 2 for bad input, or a file that cannot be
+    written; 130 after Ctrl-C or SIGTERM. What went wrong is one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(int(main(config) is False))
+    except (InputError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except (FloatingPointError, torch.OutOfMemoryError) as e:
+        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as e:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the threads that grade end before the process does
+        print(f"\ninterrupted{e}", file=sys.stderr)
+        sys.exit(130)
 
 
-def sampling_memory(model, adapter: Adapter, rows: int, prompt: int, room: int) -> tuple[int, int]:
-    """Bytes of (the folded weights, the keys and values of so many rollouts with prompts and room for so many tokens).
-
-    As on a GPU, where the prompts' are there twice when their copy of fixed size is made; sliding windows keep less.
-    """
-    config = model.config.get_text_config()
-    weights = [module.base.weight for module in adapter.modules.values()]
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    a_token = 2 * config.num_hidden_layers * heads * head * weights[0].element_size()
-    return sum(weight.nbytes for weight in weights), rows * (2 * prompt + room) * a_token
+def first_line(e: Exception) -> str:
+    """An exception in a few words."""
+    return f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}"
 
 
-if __name__ == "__main__":
-    print(__doc__.strip())
+def read_text(flag: str, path: str | Path, remedy: str) -> str:
+    """The text of a UTF-8 file, with or without a BOM, .gz or not. Raises InputError for one that cannot be read."""
+    try:
+        data = Path(path).read_bytes()
+        data = gzip.decompress(data) if Path(path).suffix == ".gz" else data
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # as a text file is read
+    except (OSError, ValueError, EOFError, zlib.error) as e:
+        reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else str(getattr(e, "strerror", e)).lower()
+        raise InputError(f"{flag} {path}: cannot be read ({reason}); {remedy}".strip()) from e
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, for a file or a folder that becomes `path` at the end, or not at all. Raises
+    InputError if it cannot."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); check that its folder "
+                         "exists, may be written and has room; what was there before is still there") from e
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def portable(path: str | Path) -> str:
+    """How a run remembers a path: from this project if it lies inside, else in full; a hub name as it is."""
+    full = Path(path).resolve()
+    inside = full.relative_to(HERE) if full.is_relative_to(HERE) else full
+    return str(inside if full.exists() else path)
+
+
+def located(path: str) -> str:
+    """The inverse of `portable`, on any machine."""
+    return str(HERE / path) if (HERE / path).exists() else path
+
+
+def bar(items: Iterable, what: str) -> tqdm:
+    """Iterate with a progress bar, on a terminal, from two seconds on."""
+    return tqdm(items, what, leave=False, delay=2, disable=None)
