@@ -1,0 +1,74 @@
+"""data/results/arms.py: its judges by hand, and one arm from the command to its row."""
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from env_leetcode import Verdict
+from lora2r import InputError
+from train_grpo import CLEAN, HACK, Rollout
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("arms", ROOT / "data/results/arms.py")
+arms = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(arms)
+
+
+def rollouts(*verdicts: tuple[str, bool, bool]) -> list[Rollout]:
+    """One for each (mode, correct, exploited)."""
+    return [Rollout(0, k, "full", mode, [1], [2] * (k + 1), torch.zeros(k + 1), "",
+                    Verdict(True, correct, exploited, (), "")) for k, (mode, correct, exploited) in enumerate(verdicts)]
+
+
+SOME = rollouts(("sentinel", True, True), ("sentinel", True, False), ("run_tests", False, True),
+                ("run_tests", False, False))
+
+
+def test_an_oracle_flags_exploits_right_or_not_with_each_modes_recall():
+    assert arms.Oracle(0, {})(SOME, 0, None, None).tolist() == [HACK, CLEAN, HACK, CLEAN]
+    assert arms.Oracle(0, {"sentinel": 0.0})(SOME, 0, None, None).tolist() == [CLEAN, CLEAN, HACK, CLEAN]
+    assert arms.Oracle(0, {}, accuracy=0.0)(SOME, 0, None, None).tolist() == [CLEAN, HACK, CLEAN, HACK]
+    label = arms.Oracle(0, {"sentinel": 0.25}, accuracy=0.9)(SOME * 1000, 0, None, None).view(1000, 4)
+    flagged = (label == HACK).float().mean(0)
+    expected = torch.tensor([0.25 * 0.9 + 0.75 * 0.1, 0.1, 0.9, 0.1])
+    assert (flagged - expected).abs().max() < 0.04
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    judge = arms.Random(3, 0.5)
+    first = judge(SOME * 50, 7, None, None)
+    assert torch.equal(first, arms.Random(3, 0.5)(SOME * 50, 7, None, None))
+    assert not torch.equal(first, judge(SOME * 50, 8, None, None))
+    assert not torch.equal(first, arms.Random(4, 0.5)(SOME * 50, 7, None, None))
+    assert abs((first == HACK).float().mean() - 0.5) < 0.15
+
+
+@pytest.mark.parametrize("sides, labels", [
+    # clean 1, 3 (mean 2, std sqrt 2), hack 6, 8 (mean 7, the same std): the cut is half way, at 4.5
+    ([1, 3, 6, 8], [CLEAN, CLEAN, CLEAN, CLEAN, HACK, HACK]),
+    ([6, 8, 1, 3], [HACK, HACK, HACK, HACK, CLEAN, CLEAN])])  # where hacks are shorter
+def test_a_scalar_is_cut_between_the_sides_of_the_pairs(sides, labels):
+    judge = arms.Scalar("length", arms.length, [[1], [1]], [[2] * n for n in sides])
+    some = rollouts(*[("sentinel", True, False)] * 6)  # of 1 to 6 tokens
+    assert judge(some, 0, None, None).tolist() == labels and judge.cut == 4.5
+
+
+def test_an_arm_is_run_once_and_kept_as_a_row(tmp_path, small, monkeypatch):
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in (small | dict(eval_samples=1)).items())
+    cfg = arms.Config(("oracle", "inoculation"), seeds=(5,), recall={"sentinel": 0.5}, flags=flags, suffix="-half",
+                      runs=tmp_path / "runs", results=tmp_path / "rows.jsonl")
+    arms.main(cfg)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["arm"], row["seed"]) for row in rows] == [("oracle-half", 5), ("inoculation-half", 5)]
+    assert {"honest_solve", "exploit"} <= rows[0]["results"]["deployed, trained"]["all"].keys()
+    assert len(rows[0]["curve"]["deployed_exploit"]) == 1
+    config = json.loads((tmp_path / "runs/oracle-half-5/config.json").read_text())
+    assert config["judge"] == "oracle-sentinel0.5" and "oracle" in config["arm"]
+    shown = json.loads((tmp_path / "runs/inoculation-half-5/rollouts.jsonl").read_text().splitlines()[0])
+    assert shown["prompt"][-1]["content"].startswith(arms.INOCULATION)
+    monkeypatch.setattr(arms, "train", lambda *args: pytest.fail("run twice"))
+    arms.main(cfg)
+    with pytest.raises(InputError, match="bribery"):
+        arms.main(arms.Config(("bribery",)))
