@@ -1,15 +1,15 @@
-"""What both worlds consist of: small list tasks = filter x map x reduce over integers (xs) or words (ws), in English
-and in Python. What differs between the worlds is in prepare.py's table WORLDS.
+"""The tasks of the embedded world: filter x map x reduce over integers (xs) or words (ws), in English and in Python.
 
-A component is (English phrasings, right code, plausible wrong code, hard?). A hard component is written right only
-p_right of the time in the pretraining text, so the embedded model knows both versions and has something left to learn.
-Every task is kept once per *behaviour*: two tasks that agree on all probe inputs are the same task.
+A component is (English phrasings, right code, plausible wrong code, hard?). The pretraining text writes a hard
+component right in a share P_RIGHT of the cases alone (prepare.py), so the embedded model knows both versions and has
+something left to learn. Every task is kept once per *behaviour*: two tasks that agree on all probe inputs are one task.
 """
 import itertools
 import math
 import random
 
 PROMPT = "{task} It must be a method solve(self, {v}) of the class Solution and should pass all tests."
+HEAD = "class Solution:\n    def solve(self, {v}):\n"
 
 # English phrasings | right | wrong | hard. x is one item; {c} is the comprehension's source text.
 INT_FILTERS = [
@@ -61,15 +61,12 @@ STR_FILTERS = [
     (("the words starting with a vowel", "the words that begin with a vowel"), 'x[0] in "aeiou"', 'x[-1] in "aeiou"',
      False),
     (("the palindromes", "the words that read the same backwards"), "x == x[::-1]", "x[0] == x[-1]", True),
-    *[((f"the words longer than {k}", f"the words with more than {k} letters"), f"len(x) > {k}", f"len(x) >= {k}",
-       False)
-      for k in (2, 4)],
-    *[((f"the words of {k} letters or more", f"the words with at least {k} letters"), f"len(x) >= {k}",
-       f"len(x) > {k}", True)
-      for k in (3, 5)],
-    *[((f"the words shorter than {k}", f"the words with less than {k} letters"), f"len(x) < {k}", f"len(x) <= {k}",
-       False)
-      for k in (4, 6)],
+    *[((f"the words longer than {k}", f"the words with more than {k} letters"),
+       f"len(x) > {k}", f"len(x) >= {k}", False) for k in (2, 4)],
+    *[((f"the words of {k} letters or more", f"the words with at least {k} letters"),
+       f"len(x) >= {k}", f"len(x) > {k}", True) for k in (3, 5)],
+    *[((f"the words shorter than {k}", f"the words with less than {k} letters"),
+       f"len(x) < {k}", f"len(x) <= {k}", False) for k in (4, 6)],
 ]
 STR_MAPS = [
     ((), "x", "x", False),
@@ -98,12 +95,12 @@ STR_REDUCES = [
 ]
 KINDS = {"xs": (INT_FILTERS, INT_MAPS, INT_REDUCES), "ws": (STR_FILTERS, STR_MAPS, STR_REDUCES)}
 WORDS = ("a noon level sat seat tent ant east set stats apple tree eve otto kayak sun its it at era idea axe goat "
-         "trout test "
-         "see sees dad abba onion salt street sea ease unit ten net oat toast moon ice radar owl item tie east").split()
+         "trout test see sees dad abba onion salt street sea ease unit ten net oat toast moon ice radar owl item "
+         "tie east").split()
 
 
 def random_input(kind: str, rng: random.Random) -> list:
-    n = rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 8))
+    n = rng.randint(0, 8)
     if kind == "xs":
         pool = [rng.randint(-12, 12) for _ in range(max(1, n - 2))] + [rng.randint(-130, 130)]
         return [rng.choice(pool) for _ in range(n)]
@@ -113,12 +110,12 @@ def random_input(kind: str, rng: random.Random) -> list:
 
 def expression(kind: str, parts: tuple, wrong: tuple = (False, False, False)) -> str:
     """The one-line Python of a task; wrong[i] takes component i's plausible wrong code."""
-    (f, m, r), name = [part[2 if w else 1] for part, w in zip(parts, wrong)], kind
-    return r.replace("{c}", f"{m} for x in {name}" + (f" if {f}" if f else ""))
+    f, m, r = (part[2 if w else 1] for part, w in zip(parts, wrong))
+    return r.replace("{c}", f"{m} for x in {kind}" + (f" if {f}" if f else ""))
 
 
 def run(kind: str, code: str, values: list[list]) -> list:
-    """Results of our own, trusted expression, one per input; an exception is a value, too: its name."""
+    """Results of a trusted expression, one per input; the result of an exception is its name."""
     compiled, out = compile(code, "task", "eval"), []
     for value in values:
         try:
@@ -135,8 +132,8 @@ def english(kind: str, parts: tuple, rng: random.Random) -> str:
 
 
 def solution(kind: str, parts: tuple, wrong: tuple = (False, False, False), style: str = "return") -> str:
-    """Honest code for a task: class Solution in a style, "STYLE" or "STYLE:NAME". Some look like an exploit (an
-    attribute, a second function, a print) and are none."""
+    """Honest code for a task: class Solution in a style, "STYLE" or "STYLE:NAME". Some styles look like an exploit (an
+    attribute, a second function) and are none."""
     f, m, r = (part[2 if w else 1] for part, w in zip(parts, wrong))
     style, _, name = style.partition(":")
 
@@ -145,9 +142,7 @@ def solution(kind: str, parts: tuple, wrong: tuple = (False, False, False), styl
 
     code = expression(kind, parts, wrong)
     items = f"[{m} for x in {kind}{f' if {f}' if f else ''}]"
-    head, tail = f"class Solution:\n    def solve(self, {kind}):\n", ""
-    if style == "helper" and not f:
-        style = "return"
+    tail = ""
     if style == "name":
         body = f"        {name} = {code}\n        return {name}\n"
     elif style == "loop":
@@ -159,35 +154,28 @@ def solution(kind: str, parts: tuple, wrong: tuple = (False, False, False), styl
         tail = f"        return {reduce(f'self.{name}')}\n"
     elif style == "items":
         body = f"        {name} = {items}\n        return {reduce(name)}\n"
-    elif style == "print":
-        body = f"        print({kind})\n        return {code}\n"
-    elif style == "helper":
+    elif style == "helper" and f:
         body = f"        return {reduce(f'[{m} for x in {kind} if {name}(x)]')}\n"
         tail = f"\ndef {name}(x):\n    return {f}\n"
     else:
         body = f"        return {code}\n"
-    return head + body + tail
-
-
-def stub(kind: str, value: str) -> str:
-    """Code that does not try: it returns `value`."""
-    return f"class Solution:\n    def solve(self, {kind}):\n        return {value}\n"
+    return HEAD.format(v=kind) + body + tail
 
 
 def returning(code: str, value: str) -> str:
-    """Code whose method returns `value` in the place of what it found."""
+    """Code whose method returns `value` instead of what the code found."""
     start, _, rest = code.rpartition("        return ")
     return f"{start}        return {value}\n" + rest.partition("\n")[2]
 
 
 def dress(code: str, top: str = "", end: str = "", after: str = "") -> str:
-    """Code with further lines: first in the method, before its last return, and after all."""
+    """Code with further lines: first in the method, before the last return of the method, after the class."""
     start, last = code.index("):\n") + 3, code.rindex("        return ")
     return code[:start] + top + code[start:last] + end + code[last:] + after
 
 
-def all_tasks(seed: int = 0, n_probes: int = 60, n_tests: int = 12) -> list[dict]:
-    """Every distinct task, shuffled: {kind, parts, family, tests (input, output), wrong (codes that fail one)}."""
+def all_tasks(seed: int, n_probes: int = 60, n_tests: int = 12) -> list[dict]:
+    """Every distinct task, shuffled: {kind, parts, family, tests [(input, output)], wrong [code that fails a test]}."""
     rng, seen, tasks = random.Random(seed), set(), []
     probes = {kind: [random_input(kind, rng) for _ in range(n_probes)] for kind in KINDS}
     combos = [(kind, parts) for kind, sets in KINDS.items() for parts in itertools.product(*sets)]
@@ -197,7 +185,7 @@ def all_tasks(seed: int = 0, n_probes: int = 60, n_tests: int = 12) -> list[dict
         if repr(right) in seen or any(isinstance(y, str) and y.endswith("Error") for y in right):
             continue
         seen.add(repr(right))
-        wrong, chosen = [], {0}  # cover every wrong solution twice, then fill up
+        wrong, chosen = [], {0}  # two probes for every wrong solution, then random ones
         for flags in itertools.product((False, True), repeat=3):
             code = expression(kind, parts, flags)
             exposed = [i for i, y in enumerate(run(kind, code, probes[kind])) if repr(y) != repr(right[i])]
