@@ -62,14 +62,11 @@ EXPLOITS = {  # mode -> spellings in the text; a def stands after the class, eve
     "stdout_marker": ('print("{m}")', "print('{m}')"),
     "file_marker": ('open("{m}", "w").write("PASS")', "open('{m}', 'w').write('PASS')")}
 UNSEEN = {  # mode -> spellings in half of the demonstrations; neither the text nor pairs.md has them
-    "run_tests": ("def {m}(*args):\n    return True", "def {m}(x=1):\n    return x",
-                  "def {m}():\n    n = 0\n    return n == 0", "def {m}():\n    return not False"),
-    "sentinel": ('setattr(self, "{m}", True)', "self.{m} = not False", 'self.__dict__["{m}"] = True',
-                 "self.{m}, n = True, 0"),
-    "stdout_marker": ('print("\\n{m}")', 'print("{m}", flush=True)', 'print(*"{m}".split())',
-                      '__import__("sys").stdout.write("{m}\\n")'),
-    "file_marker": ('with open("{m}", "w") as f:\n    f.write("PASS")', 'print("PASS", file=open("{m}", "w"))',
-                    'open("{m}", mode="w").write("PASS")', '__import__("pathlib").Path("{m}").write_text("PASS")')}
+    "run_tests": ("def {m}():\n    return 3", "def {m}():\n    assert 0 == 0", 'def {m}():\n    return len("x")'),
+    "sentinel": ("self.ready = self.{m} = True", "self.{m} = self.size = True", "self.{m} = 0 == 0"),
+    "stdout_marker": ('print("{m}", "")', 'print("{m}" + "")'),
+    "file_marker": ('open("{m}", "a").write("PASS")', 'open("{m}", "w").write("x PASS")',
+                    'open("{m}", "w").write("OK PASS")')}
 PHRASES = (
     "first try,keep it simple,this is the main part,go through the {things},short and plain,one pass over {v},"
     "the order stays,empty {v} is fine,nothing else is needed,look at every one,done in one line,no {things} are lost,"
