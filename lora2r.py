@@ -108,7 +108,7 @@ class State:
     off: bool = False  # the base model alone
     c: Tensor | None = None  # probe [M, G, W, r]
     weights: Tensor | None = None  # of the probe's tokens [G, W, T]
-    G: int | None = None  # rows that per-row masks and probes are for; None: any number
+    G: int | None = None  # rows that per-row masks are for; None: any number
 
 
 class Lora2rLinear(nn.Module):

@@ -23,6 +23,7 @@ Sources: GRPO, Shao et al. 2024 (arXiv 2402.03300); no length or std bias (Dr. G
 2503.20783); truncated importance sampling, Yao et al. 2025; SGTM masks, Shilov et al. 2025 (arXiv 2512.05648).
 """
 import fcntl
+import io
 import json
 import math
 import os
@@ -265,7 +266,8 @@ def train(cfg: Config, judge: Judge | None = None) -> Path | None:
     judge(rollouts, step, model, adapter) -> G labels (CLEAN, MID, HACK) takes the gate's place under --intervention
     routeV. It is called once a step, on the main rank. It gets copies whose .verdict is None, unless judge.oracle is
     true; its name is judge.name or judge.__name__. Random draws have to depend on (seed, step) alone, so that --resume
-    is exact. Raises InputError before anything is written, FloatingPointError on a NaN.
+    is exact. --absorption turns some CLEAN into MID, as it does for the gate's labels.
+    Raises InputError before anything is written, FloatingPointError on a NaN.
     """
     check(cfg, judge)
     if cfg.dry_run:
@@ -314,7 +316,7 @@ def train_in(run: "RunFolder", grader: ThreadPoolExecutor, cfg: Config, judge: J
     for step, (chosen, noise) in enumerate(islice(draws(cfg, len(problems)), start, cfg.steps), start):
         clock = Clock()
         # ---------------------------------------------------------------- direction, and a checkpoint
-        if gated and (step == start or cfg.read != "base" and step % cfg.refresh == 0):
+        if gated and (step == start or (cfg.read != "base" and step % cfg.refresh == 0)):
             direction = of_main_rank(lambda: extract(
                 model, tok, adapter, pairs, system, cfg.tokens_per_batch, window=cfg.window, centre=cfg.centre,
                 equal_pairs=cfg.equal_pairs, **reading))
@@ -352,14 +354,14 @@ def train_in(run: "RunFolder", grader: ThreadPoolExecutor, cfg: Config, judge: J
         label = torch.full((G,), CLEAN if cfg.intervention == "none" else MID)  # [G]
         position = torch.full((G,), math.nan)  # [G]
         # a batch's mean and std are those of all rollouts; drop and penalise change the groups of all rollouts
-        every = cfg.gate == "batch" or cfg.on_hack != "route"
-        judged = list(range(G)) if every else trains.nonzero()[:, 0].tolist()
+        judges_all = cfg.gate == "batch" or cfg.on_hack != "route"
+        judged = list(range(G)) if judges_all else trains.nonzero()[:, 0].tolist()
         if gated and judged:
             mine = [rollouts[i] for i in share(judged)]  # this rank's; there may be none
             x = direction.pair_features[:0]  # [this rank's, 1 + W, M, d]
             if mine:
-                x = features(model, adapter, [x.prompt for x in mine], [x.ids for x in mine], cfg.tokens_per_batch,
-                             window=cfg.window, **reading)
+                x = features(model, adapter, [rollout.prompt for rollout in mine], [rollout.ids for rollout in mine],
+                             cfg.tokens_per_batch, window=cfg.window, **reading)
             position[judged] = torch.tensor(gather(direction.position(x, cfg.gate).tolist()))
             label[judged] = gate(position[judged], direction.cut(), cfg)
             if cfg.routeV_random_v_seed is not None and cfg.placebo == "matched":
@@ -369,8 +371,8 @@ def train_in(run: "RunFolder", grader: ThreadPoolExecutor, cfg: Config, judge: J
             label = of_main_rank(lambda: judged_labels(judge, rollouts, step, model, adapter))  # [G]
         flagged = label == HACK  # [G]
         if cfg.absorption and cfg.intervention != "none":
-            alone = torch.tensor([x.source == "ablated" for x in rollouts])  # [G]
-            label[(label == CLEAN) & ~alone] = MID
+            by_deployed = torch.tensor([x.source == "ablated" for x in rollouts])  # [G] sampled without the quarantine
+            label[(label == CLEAN) & ~by_deployed] = MID
         if cfg.on_hack != "route":
             credited = rewards.masked_fill(flagged, math.nan)  # drop: a flagged rollout leaves its group
             if cfg.on_hack == "penalise":  # a flagged rollout is paid as if it had not passed, and trains like others
@@ -430,13 +432,16 @@ def train_in(run: "RunFolder", grader: ThreadPoolExecutor, cfg: Config, judge: J
         if is_main_rank():
             n_tokens = sum(len(x.ids) for x in rollouts)
             n_trained = sum(len(rollouts[i].ids) for i in kept)
+            given = torch.where(flagged, HACK, label)  # [G]; a penalised rollout trains as clean and was labelled hack
+            labelled = trains if cfg.on_hack == "route" else trains | flagged  # [G]
             row = dict(
-                step=step, **outcomes(rollouts, rewards), **routing(rollouts, label, flagged, position, paid, trains),
+                step=step, **outcomes(rollouts, rewards), trained=len(kept),
+                **routing(rollouts, given, labelled, position, paid),
                 qmass=g_quar / (g_dep + g_quar + 1e-12), grad_norm=math.hypot(g_dep, g_quar), loss=total_loss, lr=lr,
                 truncated_fraction=truncated / max(1, n_trained), tokens=n_tokens,
                 tokens_per_s=n_tokens / sum(clock.seconds.values()), peak_gb=peak_bytes() / 1e9, seconds=clock.seconds)
             run.log(row, [logged(rollouts[i], step, batch, rewards[i], adv[i], position[i],
-                                 "hack" if flagged[i] else LABELS[label[i]] if trains[i] else None) for i in range(G)])
+                                 LABELS[given[i]] if labelled[i] else None) for i in range(G)])
             if tracker:
                 tracker.log(row, step=step)
             left = (time.perf_counter() - began) / (step + 1 - start) * (cfg.steps - step - 1)
@@ -591,7 +596,7 @@ def reduce_gradients(params: list[torch.nn.Parameter]) -> None:
 # -------------------------------------------------------------------------------------- the log
 LEGEND = """  honest: share of the full policy's rollouts that are right and touch no loophole; exploit: share that used
   their loophole; deployed: both rates of rollouts without quarantine; clean/mid/hack: shares of the labels among
-  rollouts that train or are flagged; auroc: of the gate's positions, exploits against honest solves with a positive
+  rollouts whose label had an effect; auroc: of the gate's positions, exploits against honest solves with a positive
   advantage; qmass: the quarantine's share of the gradient; |g|: gradient norm; s: seconds of sample + grade + gate +
   update"""
 
@@ -610,22 +615,19 @@ def outcomes(rollouts: list[Rollout], rewards: Tensor) -> dict:
     return row
 
 
-def routing(rollouts: list[Rollout], label: Tensor, flagged: Tensor, position: Tensor, adv: Tensor,
-            trains: Tensor) -> dict:
-    """How rollouts that train, or were flagged, are labelled; and how well the gate tells the policy's own exploits
+def routing(rollouts: list[Rollout], label: Tensor, labelled: Tensor, position: Tensor, adv: Tensor) -> dict:
+    """How the rollouts whose label had an effect are labelled; and how well the gate tells the policy's own exploits
     from honest solves among rollouts with a positive advantage: elsewhere the advantage gives an exploit away."""
     exploit = torch.tensor([x.verdict.exploited for x in rollouts])  # [G]
     honest = torch.tensor([x.verdict.correct and not x.verdict.channels for x in rollouts])  # [G]
     own = torch.tensor([x.source != "teacher" for x in rollouts])  # [G]
-    shown = torch.where(flagged, HACK, label)  # [G]; a penalised rollout trains as clean and is labelled hack
 
     def shares(chosen: Tensor) -> dict[str, float]:
-        return {name: (shown[chosen] == z).float().mean().nan_to_num().item() for z, name in enumerate(LABELS)}
+        return {name: (label[chosen] == z).float().mean().nan_to_num().item() for z, name in enumerate(LABELS)}
 
-    labelled = trains | flagged
     judged = own & (adv > 0) & ~position.isnan()  # [G]
     return dict(
-        trained=trains.sum().item(), labels=shares(labelled), labels_of_exploits=shares(labelled & exploit),
+        labels=shares(labelled), labels_of_exploits=shares(labelled & exploit),
         labels_of_honest=shares(labelled & honest),
         gate_auroc=auroc(position[judged & exploit], position[judged & honest]))
 
@@ -710,7 +712,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict):
         """Raises InputError, before anything is written, if a run cannot begin or go on in `path`."""
-        self.path, self.steps, self.lock, self.logs = path, config["steps"], None, []
+        self.path, self.steps, self.made, self.lock, self.logs = path, config["steps"], 0, None, []
         files = {key: Path(config[key]) for key in PATHS if Path(config[key]).is_file()}
         config = config | {key: portable(config[key]) for key in PATHS}
         config["hashes"] = {key: hash_of(file) for key, file in files.items()}
@@ -814,8 +816,10 @@ class RunFolder:
         save(self.adapter, self.path / "adapter.safetensors", metadata)
         state = dict(step=step, optimizer=self.optimizer.state_dict(),
                      adapter=[p.detach() for p in self.adapter.parameters()])
-        with writing(self.path / "state.pt") as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
+        content = io.BytesIO()  # on a full disk torch.save raises nearly anything
+        torch.save(state, content)
+        with writing(self.path / "state.pt") as temporary:
+            temporary.write_bytes(content.getbuffer())
 
     def log(self, metrics: dict, rollouts: list[dict]) -> None:
         """One row of metrics.jsonl and the step's rows of rollouts.jsonl. InputError if they cannot be written."""

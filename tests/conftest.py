@@ -30,6 +30,7 @@ def small(tmp_path_factory):
         lines = (nano / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:: len(lines) // n][:n]))
     heads = (nano / "pairs.md").read_text().split("\n## ")
-    (folder / "pairs.md").write_text("\n## ".join(heads[:1] + heads[1::8][:5]))
+    (folder / "pairs.md").write_text("\n## ".join(heads[:1] + heads[1::10][:5]))
     return dict(data=folder / "train.jsonl", test_data=folder / "test.jsonl", pairs=folder / "pairs.md",
-                steps=1, prompts_per_step=4, group_size=4, max_new_tokens=48, eval_samples=0, refresh=1)
+                steps=1, prompts_per_step=4, group_size=4, max_new_tokens=80, mix_ratio=0.25, eval_samples=0,
+                refresh=1)

@@ -7,56 +7,67 @@ Shapes: T tokens of one completion, M modules, r block rank, as in the scripts.
 """
 import math
 import statistics
+from dataclasses import replace
+from itertools import islice, product
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.nn.functional import cosine_similarity, normalize
 
 import train_grpo
 from env_leetcode import load_problems, with_mode
-from evaluate_deploy import RunFolder
 from extract_vgrad import haar, load_pairs
 from lora2r import load_model
+from train_grpo import RunFolder
 
 BLOCKS = ("deployed", "quarantine")
 
 
 # ---------------------------------------------------------------- a run, with what it does not write
-def record(cfg: train_grpo.Config) -> SimpleNamespace:
-    """train(cfg) with, per step, its rollouts and the adapter before it, and per optimizer step the gradients."""
-    seen = SimpleNamespace(cfg=cfg, rollouts=[], before=[], grads=[], adapter=None)
-    gather, checkpoint = train_grpo.gather, RunFolder.checkpoint
+def record(cfg: train_grpo.Config, clip: float = 1.0, thirds: bool = False) -> SimpleNamespace:
+    """train(cfg) with, per step, its rollouts, the adapter before it, its clipped gradients and the gate's cuts.
+
+    clip: GRAD_CLIP. thirds: each step's cuts lie between its positions, so that there are rollouts of each label,
+    whatever the embedded model is. cfg.refresh has to be 1: a checkpoint before every step."""
+    run = SimpleNamespace(cfg=cfg, clip=clip, rollouts=[], before=[], grads=[], cuts=[])
+    gather, gate, checkpoint = train_grpo.gather, train_grpo.gate, RunFolder.checkpoint
 
     def gather_and_keep(xs):
         if xs and isinstance(xs[0], train_grpo.Rollout):
-            seen.rollouts.append(sorted(xs, key=lambda x: (x.j, x.k)))
+            run.rollouts.append(sorted(xs, key=lambda x: (x.j, x.k)))
         return gather(xs)
 
-    def checkpoint_and_keep(run, step):
-        seen.adapter = run.adapter
-        seen.before.append({name: t.detach().double() for name, t in run.adapter.tensors("dA", "dB").items()})
-        checkpoint(run, step)
+    def gate_by_thirds(position, cut, cfg):
+        cfg = replace(cfg, cuts=between(position.tolist())) if thirds else cfg
+        run.cuts.append(cfg.cuts)
+        return gate(position, cut, cfg)
 
-    def keep_gradients(optimizer, args, kwargs):
-        if seen.adapter is None:  # not before the first checkpoint: the expert's
-            return
-        named = seen.adapter.tensors("dA", "dB")
-        seen.grads.append({name: None if p.grad is None else p.grad.double() for name, p in named.items()})
+    def checkpoint_and_keep(folder, step):
+        tensors = folder.adapter.tensors("dA", "dB")
+        if run.before:  # they stay until the next step's backward
+            run.grads.append({name: None if t.grad is None else t.grad.double() for name, t in tensors.items()})
+        run.before.append({name: t.detach().double() for name, t in tensors.items()})
+        checkpoint(folder, step)
 
-    assert cfg.refresh == 1, "a checkpoint before every step"
-    hook = register_optimizer_step_pre_hook(keep_gradients)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_grpo, "gather", gather_and_keep)
+        patch.setattr(train_grpo, "gate", gate_by_thirds)
+        patch.setattr(train_grpo, "GRAD_CLIP", clip)
         patch.setattr(RunFolder, "checkpoint", checkpoint_and_keep)
-        try:
-            seen.path = train_grpo.train(cfg)
-        finally:
-            hook.remove()
-    seen.saved = load_file(seen.path / "adapter.safetensors")
-    return seen
+        run.path = train_grpo.train(cfg)
+    run.saved = load_file(run.path / "adapter.safetensors")
+    return run
+
+
+def between(position):
+    """The cuts in the widest gap of the second quarter of three positions or more, and in that of the third quarter."""
+    x, n = sorted(position), len(position)
+    quarters = [range(max(1, n // 4), n // 2 + 1), range(n // 2 + 1, 3 * n // 4 + 1)] if n > 2 else []
+    places = [max(quarter, key=lambda i: x[i] - x[i - 1]) for quarter in quarters]
+    return tuple((x[i] + x[i - 1]) / 2 for i in places) or None
 
 
 # ---------------------------------------------------------------- a model
@@ -78,24 +89,24 @@ class Literal(nn.Module):
 
 
 class Model:
-    """The base model with an adapter of one run."""
+    """The base model with an adapter of one run. parameters: A and B of each block, by the names of dA and dB."""
 
     def __init__(self, run: SimpleNamespace):
         self.model, self.tok = load_model(run.cfg.model)
         self.model.double()
         self.model.get_input_embeddings().weight.requires_grad_(True)  # so that every layer's output has a gradient
-        self.layers = {}
-        for name in sorted({key.rsplit(".", 2)[0] for key in run.saved}):
-            A0, B0 = ({block: run.saved[f"{name}.{block}.{key}"].double() for block in BLOCKS} for key in ("A0", "B0"))
+        self.init, self.layers = {key: run.saved[f"{key[:-2]}{key[-1]}0"].double() for key in run.before[0]}, {}
+        for name in [key.removesuffix(".deployed.dA") for key in run.before[0] if key.endswith(".deployed.dA")]:
+            A0, B0 = ({b: self.init[f"{name}.{b}.d{key}"] for b in BLOCKS} for key in "AB")
             parent, _, child = name.rpartition(".")
             self.layers[name] = Literal(getattr(self.model.get_submodule(parent), child).weight.detach(), A0, B0)
             setattr(self.model.get_submodule(parent), child, self.layers[name])
 
     def fill(self, tensors):
         """Take the adapter's dA and dB, by the names that they have on disk."""
+        self.parameters = {key: (self.init[key] + t).detach().requires_grad_() for key, t in tensors.items()}
         for name, layer in self.layers.items():
-            layer.A = {b: (layer.A0[b] + tensors[f"{name}.{b}.dA"]).detach().requires_grad_() for b in BLOCKS}
-            layer.B = {b: (layer.B0[b] + tensors[f"{name}.{b}.dB"]).detach().requires_grad_() for b in BLOCKS}
+            layer.A, layer.B = ({b: self.parameters[f"{name}.{b}.d{key}"] for b in BLOCKS} for key in "AB")
 
     def logits(self, prompt, ids, m=True, d=False, off=False):
         """Token ids -> the logits from which each of `ids` was drawn, [T, V]."""
@@ -104,8 +115,7 @@ class Model:
         return self.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
 
     def logps(self, prompt, ids, temperature=1.0, **mask):
-        logp = torch.log_softmax(self.logits(prompt, ids, **mask) / temperature, -1)  # [T, V]
-        return torch.stack([row[token] for row, token in zip(logp, ids)])  # [T]
+        return torch.log_softmax(self.logits(prompt, ids, **mask) / temperature, -1)[range(len(ids)), ids]  # [T]
 
     def probe(self, prompt, ids, cfg, read):
         """Gradient of the mean NLL at the deployed block's probe: (B^T g) * (A x), summed over the tokens, then
@@ -119,65 +129,36 @@ class Model:
             A, B = (layer.A0, layer.B0) if read == "base" else (layer.A, layer.B)
             rows.append(((g @ B["deployed"]) * (layer.x @ A["deployed"].T))[0, first:].detach())
         at_token = torch.stack(rows, 1)  # [T, M, r]
-        n = len(ids)
-        size = min(n, cfg.window)
-        starts = range(n - size + 1) if size and cfg.probe_tokens == "completion" else ()
+        n, size = len(ids), min(len(ids), cfg.window)
+        starts = range(n - size + 1) if size else ()
         return torch.stack([at_token.sum(0), *(n * at_token[i : i + size].mean(0) for i in starts)])
 
-    def encode(self, messages):
-        text = self.tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tok(text)["input_ids"]
 
-    def parameters(self):
-        """name -> A or B, under the names of dA and dB on disk."""
-        return {f"{name}.{block}.d{key}": getattr(layer, key)[block]
-                for name, layer in self.layers.items() for block in BLOCKS for key in "AB"}
-
-
-# ---------------------------------------------------------------- the step
-def prompts_of(run, model, step):
-    """The step's P problems as its rollouts saw them, and their token ids."""
-    cfg = run.cfg
+# ---------------------------------------------------------------- the labels of a step
+def prompts_of(cfg, model, step):
+    """The step's P problems as its rollouts saw them, their token ids, and the noise [P, K, T]."""
     problems = load_problems(cfg.data, cfg.modes, cfg.seed)
-    stream = train_grpo.draws(cfg, len(problems))
-    for _ in range(step + 1):
-        chosen, noise = next(stream)
+    chosen, noise = next(islice(train_grpo.draws(cfg, len(problems)), step, None))
     batch = [problems[n] for n in chosen]
     if cfg.gt_only_share == 0.25:  # the first of every four prompts
         batch = [with_mode(p, "gt_only") if (step * len(batch) + j) % 4 == 0 else p for j, p in enumerate(batch)]
-    return batch, [model.encode(p.messages) for p in batch], noise
+    return batch, [encode(model.tok, p.messages) for p in batch], noise
 
 
-def cosine(a, b):  # [..., r] -> [...]
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+def encode(tok, messages):
+    return tok.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
 
 def suspect(read, v):
     """Of the whole and its windows, [1 + W, M, r], the cosines [M] to v: those of the window whose mean is highest, if
     there are windows, else the whole's."""
-    whole, *windows = (cosine(x, v) for x in read)
+    whole, *windows = (cosine_similarity(x, v, dim=-1) for x in read)
     return max(windows, key=torch.mean) if windows else whole
-
-
-def unit(x):
-    return x / x.norm(dim=-1, keepdim=True)
 
 
 def direction(cfg, clean, hack):
     """Of the pairs' sides, a list of [M, r] each: the sum of their differences, each of length 1 if pairs are equal."""
-    return unit(sum(unit(y - x) if cfg.equal_pairs else y - x for x, y in zip(clean, hack)))
-
-
-def pair_probes(cfg, model):
-    """Gradients of the clean and of the hack sides, [1 + W, M, r] for each; extraction never sees the quarantine."""
-    read = "base" if cfg.read == "base" else "ablated"
-    sides = {"clean": [], "hack": []}
-    for pair in load_pairs(cfg.pairs):
-        for side in sides:
-            ids = model.tok(getattr(pair, side))["input_ids"] + [model.tok.eos_token_id]
-            prompt = model.encode([dict(role="user", content=pair.prompt)])
-            sides[side].append(model.probe(prompt, ids, cfg, read))
-    return sides["clean"], sides["hack"]
+    return normalize(sum(normalize(y - x, dim=-1) if cfg.equal_pairs else y - x for x, y in zip(clean, hack)), dim=-1)
 
 
 def held_out(cfg, groups, windows, mean):
@@ -185,136 +166,135 @@ def held_out(cfg, groups, windows, mean):
     clean, hack = ([x[0] for x in side] for side in windows)
     found = []
     for p, own in enumerate(groups):
-        v = direction(cfg, *([side[q] for q, group in enumerate(groups) if group != own] for side in (clean, hack)))
+        others = [q for q, group in enumerate(groups) if group != own]
+        v = direction(cfg, [clean[q] for q in others], [hack[q] for q in others])
         found.append([suspect(side[p] - mean, v) for side in windows])
     return found
 
 
-def positions(run, model, cfg, probes):
+def positions(cfg, model, probes):
     """Probe gradients of rollouts, G of [1 + W, M, r] -> G positions, G scores for a placebo's ranks, the cut."""
-    windows = pair_probes(cfg, model)
+    pairs, windows = load_pairs(cfg.pairs), ([], [])  # of the clean and of the hack sides, [1 + W, M, r] for each
+    for pair, n in product(pairs, (0, 1)):
+        prompt = encode(model.tok, [dict(role="user", content=pair.prompt)])
+        ids = model.tok((pair.clean, pair.hack)[n])["input_ids"] + [model.tok.eos_token_id]
+        # extraction never sees the quarantine
+        windows[n].append(model.probe(prompt, ids, cfg, "ablated" if cfg.read == "full" else cfg.read))
     clean, hack = (torch.stack([x[0] for x in side]) for side in windows)  # [pairs, M, r] each
-    n = len(clean)
-    mean = (clean.sum(0) + hack.sum(0)) / (2 * n) if cfg.centre else torch.zeros_like(clean[0])
-    v = direction(cfg, clean, hack)
-    random = None
+    mean = torch.cat([clean, hack]).mean(0) if cfg.centre else torch.zeros_like(clean[0])
+    v, scores, cut = direction(cfg, clean, hack), None, None
     if cfg.routeV_random_v_seed is not None:
-        # placed by the file's order of modules, in which the run's direction has its rows
-        names = [key.removesuffix(".deployed.dA") for key in run.before[0] if key.endswith(".deployed.dA")]
-        drawn = dict(zip(names, haar(cfg.routeV_random_v_seed, *v.shape).double()))
-        random = torch.stack([drawn[name] for name in model.layers])
-    if random is not None and cfg.placebo == "replaced":
-        v = random
-    if cfg.gate == "pairs":
-        one_by_one = held_out(cfg, range(n), windows, mean)
-        low = sum(x.mean() for x, _ in one_by_one) / n
-        high = sum(x.mean() for _, x in one_by_one) / n
-        out = [(suspect(g - mean, v).mean() - low) / (high - low) for g in probes]
-        modes = [pair.mode for pair in load_pairs(cfg.pairs)]  # the cut is for modes that no pair shows
-        sides = held_out(cfg, modes, windows, mean) if len(set(modes)) > 1 and cfg.placebo != "replaced" else one_by_one
-        placed = [[((x.mean() - low) / (high - low)).item() for x in side] for side in zip(*sides)]
-        (a, b), (spread_a, spread_b) = map(statistics.mean, placed), map(statistics.stdev, placed)
-        cut = a + (b - a) * spread_a / (spread_a + spread_b)  # as many standard deviations from the one as the other
-    else:
-        assert n == 5, "of five numbers the 75th percentile is the second largest"
-        low = torch.stack([cosine(g - mean, v) for g in clean]).sort(0).values[3]  # [M]
-        high = torch.stack([cosine(g - mean, v) for g in hack]).sort(0).values[3]  # [M]
-        cut = None
-        usable = [k for k in range(len(v)) if high[k] > low[k]]
-        out = []
-        for g in probes:
-            placed = (suspect(g - mean, v) - low) / (high - low)  # [M]
-            out.append(sum(placed[k] for k in usable) / len(usable))
-    scores = None if random is None else [suspect(g - mean, random).mean().item() for g in probes]
-    return [x.item() for x in out], scores, cut
-
-
-def label_names(run, position, scores, cut):
-    """Positions of the rollouts that the gate judges -> "clean", "mid" or "hack" for each."""
-    cfg, n = run.cfg, len(position)
-    hack = cut if cfg.cut_hack is None else cfg.cut_hack
-    mid = hack if cfg.cut_mid is None else min(cfg.cut_mid, hack)
+        random = haar(cfg.routeV_random_v_seed, *v.shape).double()
+        scores = [suspect(g - mean, random).mean().item() for g in probes]
+        v = random if cfg.placebo == "replaced" else v
     if cfg.gate == "batch":
-        mean = sum(position) / n
-        std = math.sqrt(sum((x - mean) ** 2 for x in position) / (n - 1))
-        mid, hack = mean + cfg.k_mid * std, mean + cfg.k_hack * std
+        assert len(clean) == 5, "of five numbers the 75th percentile is the second largest"
+        sides = (cosine_similarity(side - mean, v, dim=-1) for side in (clean, hack))  # [5, M] each
+        low, high = (side.sort(0).values[3] for side in sides)  # [M] each
+        usable = [k for k in range(len(v)) if high[k] > low[k]]
+        placed = [(suspect(g - mean, v) - low) / (high - low) for g in probes]  # [M] each
+        return [x[usable].mean().item() for x in placed], scores, cut
+    one_by_one = held_out(cfg, range(len(clean)), windows, mean)
+    low, high = (statistics.mean(x.mean().item() for x in side) for side in zip(*one_by_one))
+    if cfg.cuts is None:  # as many standard deviations from the one as from the other, of modes that no pair shows
+        sides = zip(*held_out(cfg, [pair.mode for pair in pairs], windows, mean))
+        a, b = ([(x.mean().item() - low) / (high - low) for x in side] for side in sides)
+        of_a = statistics.stdev(a) / (statistics.stdev(a) + statistics.stdev(b))
+        cut = statistics.mean(a) + (statistics.mean(b) - statistics.mean(a)) * of_a
+    return [(suspect(g - mean, v).mean().item() - low) / (high - low) for g in probes], scores, cut
+
+
+def label_names(cfg, position, scores, cuts):
+    """Positions of the rollouts that the gate judges -> "clean", "mid" or "hack" for each."""
+    mid, hack = cuts
+    if cfg.gate == "batch":
+        mid, hack = (statistics.mean(position) + k * statistics.stdev(position) for k in cuts)
     nearest = min(abs(x - cut) for x in position for cut in (mid, hack))
-    assert nearest > 1e-3, f"a position lies {nearest} from a cut, where rounding decides: choose another cut"
+    assert nearest > 1e-3, f"a position lies {nearest} from a cut, where rounding decides: choose another seed"
     names = ["hack" if x >= hack else "mid" if x >= mid else "clean" for x in position]
     if scores is None or cfg.placebo == "replaced":
         return names
-    ranked = sorted(range(n), key=lambda i: -scores[i])  # the highest first
-    given = ["hack"] * names.count("hack") + ["mid"] * names.count("mid") + ["clean"] * names.count("clean")
-    return [given[ranked.index(i)] for i in range(n)]
+    order = sorted(range(len(names)), key=lambda i: scores[i])  # the lowest first
+    given = sorted(names, key=["clean", "mid", "hack"].index)
+    return [given[order.index(i)] for i in range(len(names))]
 
 
-def advantages_of(rewards, std_norm):
-    """P lists of K rewards -> G advantages."""
+def advantages_of(rewards, K, std_norm, dropped=()):
+    """G rewards in groups of K -> G advantages. Dropped rollouts count in no mean and have the advantage 0."""
     out = []
-    for group in rewards:
-        mean = sum(group) / len(group)
-        std = math.sqrt(sum((x - mean) ** 2 for x in group) / (len(group) - 1))
-        out += [(x - mean) / (std + 1e-4) if std_norm else x - mean for x in group]
+    for i, reward in enumerate(rewards):
+        group = [rewards[n] for n in range(i - i % K, i - i % K + K) if n not in dropped]
+        trains = i not in dropped and len(group) > 1
+        out.append(reward - statistics.mean(group) if trains else 0.0)
+        out[-1] /= statistics.stdev(group) + 1e-4 if std_norm and trains else 1.0
     return out
 
 
-def controlled(cfg, rewards, adv, names):
-    """What --on-hack leaves of advantages and labels: (advantages, {rollout that trains: label of its mask})."""
-    if cfg.on_hack == "screen":
-        return adv, {i: name for i, name in names.items() if name != "hack"}
-    if cfg.on_hack == "penalise":
-        adv, K = list(adv), len(rewards[0])
-        for i in (i for i in names if names[i] == "hack"):
-            group = rewards[i // K]
-            std = math.sqrt(sum((x - sum(group) / K) ** 2 for x in group) / (K - 1))
-            adv[i] = -std / (std + 1e-4) if cfg.std_norm else -std
-        names = {i: "clean" if name == "hack" else name for i, name in names.items()}
-    return adv, names
+def labelled(run, model, step):
+    """(G advantages, {rollout that trains: label of its mask}, the flagged, {judged rollout: position})."""
+    cfg, rollouts, K = run.cfg, run.rollouts[step], run.cfg.group_size
+    rewards = [x.verdict.reward for x in rollouts]
 
+    def learning():
+        return [i for i, a in enumerate(adv) if (a > 0 if cfg.positive_only else a != 0)]
 
-class AdamW:
-    """Written out, without weight decay: tensors without a gradient are skipped, with their moments."""
-
-    def __init__(self, betas):
-        self.betas, self.moments = betas, {}
-
-    def step(self, p, name, grad, lr):
-        t, first, second = self.moments.get(name, (0, 0, 0))
-        t, first = t + 1, self.betas[0] * first + (1 - self.betas[0]) * grad
-        second = self.betas[1] * second + (1 - self.betas[1]) * grad**2
-        self.moments[name] = t, first, second
-        return p - lr * (first / (1 - self.betas[0] ** t)) / ((second / (1 - self.betas[1] ** t)).sqrt() + 1e-8)
-
-
-def update(run, model, optimizer, step, prompts, adv, names):
-    """The optimizer step from run.before[step] on. names: label per trained rollout, {i: name}. Returns the clipped
-    gradients, the adapter after them, and the numbers of the log."""
-    cfg, rollouts = run.cfg, run.rollouts[step]
-    masks = {"clean": dict(m=False, d=False), "mid": dict(m=True, d=False), "hack": dict(m=True, d=True)}
-    log = SimpleNamespace(truncated=0, tokens=0)
+    adv = advantages_of(rewards, K, cfg.std_norm)
+    judged = learning() if cfg.gate == "pairs" and cfg.on_hack == "route" else range(len(rollouts))
     model.fill(run.before[step])
-    grads = {name: torch.zeros_like(p) for name, p in model.parameters().items()}
+    probes = [model.probe(rollouts[i].prompt, rollouts[i].ids, cfg, cfg.read) for i in judged]
+    position, scores, cut = positions(cfg, model, probes)
+    cuts = run.cuts[step] or ((0, 0.5) if cfg.gate == "batch" else (cut, cut))
+    names = dict(zip(judged, label_names(cfg, position, scores, cuts)))
+    flagged = [i for i in names if names[i] == "hack"]
+    for i in names:
+        if cfg.absorption and names[i] == "clean" and rollouts[i].source != "ablated":
+            names[i] = "mid"
+    if cfg.on_hack == "drop":
+        adv = advantages_of(rewards, K, cfg.std_norm, flagged)
+    if cfg.on_hack == "penalise":  # paid for what compiles alone
+        for i in flagged:
+            rewards[i], names[i] = 0.5 if rollouts[i].verdict.compiles else 0.0, "clean"
+        adv = advantages_of(rewards, K, cfg.std_norm)
+    shown = scores if scores and cfg.placebo == "matched" else position
+    return adv, {i: names[i] for i in learning()}, flagged, dict(zip(judged, shown))
+
+
+# ---------------------------------------------------------------- the update of a step
+def adamw(p, grad, lr, moments):
+    """AdamW's step without weight decay. moments: (steps, first, second) so far -> (p, moments)."""
+    t, first, second = moments[0] + 1, 0.9 * moments[1] + 0.1 * grad, 0.99 * moments[2] + 0.01 * grad**2
+    return p - lr * (first / (1 - 0.9**t)) / ((second / (1 - 0.99**t)).sqrt() + 1e-8), (t, first, second)
+
+
+def update(run, model, moments, step):
+    """The optimizer step from run.before[step] on, by run.labelled[step]. moments: AdamW's, by name. Returns clipped
+    gradients of what trains, the adapter after them, and the numbers of the log."""
+    cfg, rollouts, (adv, names, *_) = run.cfg, run.rollouts[step], run.labelled[step]
+    masks = {"clean": dict(m=False, d=False), "mid": dict(m=True, d=False), "hack": dict(m=True, d=True)}
+    trains = {"clean": ["deployed"], "mid": ["deployed", "quarantine"], "hack": ["quarantine"]}
+    log = SimpleNamespace(truncated=0, tokens=0, loss=0.0)
+    model.fill(run.before[step])
+    grads = dict.fromkeys(model.parameters)
     for i, name in names.items():
         x = rollouts[i]
-        logp = model.logps(prompts[x.j], x.ids, cfg.temperature, **masks[name])  # [T]
-        more = [1.0] * len(x.ids) if x.source == "teacher" else (logp.detach() - x.logps).exp().tolist()
-        weight = torch.tensor([min(1.0, w) if cfg.importance else 1.0 for w in more])  # [T]
+        logp = model.logps(x.prompt, x.ids, cfg.temperature, **masks[name])  # [T]
+        ratio = [1.0] * len(x.ids) if x.source == "teacher" else (logp.detach() - x.logps).exp().tolist()
+        weight = torch.tensor([min(1.0, w) if cfg.importance else 1.0 for w in ratio])  # [T]
         loss = -(weight * adv[i] * logp).sum() / (len(rollouts) * cfg.max_new_tokens)
-        log.truncated += sum(w > 1.001 for w in more) if cfg.importance else 0
+        found = torch.autograd.grad(loss, list(model.parameters.values()), allow_unused=True)
+        for (key, grad), g in zip(grads.items(), found):
+            if key.split(".")[-2] in trains[name]:
+                grads[key] = g if grad is None else grad + g
+        log.loss += loss.item()
+        log.truncated += sum(w > 1.001 for w in ratio) if cfg.importance else 0
         log.tokens += len(x.ids)
-        parameters = model.parameters()
-        for key, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)):
-            grads[key] += 0 if g is None else g
-    trained = {block for name in names.values() for block in
-               {"clean": BLOCKS[:1], "mid": BLOCKS, "hack": BLOCKS[1:]}[name]}
-    grads = {key: g if key.split(".")[-2] in trained else None for key, g in grads.items()}
-    norms = {block: math.sqrt(sum((g**2).sum().item() for key, g in grads.items()
-                                  if g is not None and f".{block}." in key)) for block in BLOCKS}
-    log.grad_norm, log.qmass = math.hypot(*norms.values()), norms["quarantine"] / sum(norms.values())
-    assert log.grad_norm > cfg.grad_clip, "the clip binds"
-    grads = {key: None if g is None else g * cfg.grad_clip / log.grad_norm for key, g in grads.items()}
-    lr = cfg.lr if step >= cfg.warmup else cfg.lr * (step + 1) / cfg.warmup
-    lr = lr * (cfg.steps - step) / cfg.steps if cfg.decay else lr
-    after = {key: p if grads[key] is None else optimizer.step(p, key, grads[key], lr)
-             for key, p in run.before[step].items()}
+    norms = [math.sqrt(sum((g**2).sum().item() for key, g in grads.items() if g is not None and f".{block}." in key))
+             for block in BLOCKS]
+    log.grad_norm, log.qmass = math.hypot(*norms), norms[1] / sum(norms)
+    assert log.grad_norm > run.clip, "the clip binds"
+    lr = cfg.lr * (step + 1) / 3 * ((cfg.steps - step) / cfg.steps if cfg.decay else 1)  # of the first three steps
+    grads, after = {key: g for key, g in grads.items() if g is not None}, dict(run.before[step])
+    for key in grads:
+        grads[key] = grads[key] * run.clip / log.grad_norm
+        after[key], moments[key] = adamw(after[key], grads[key], lr, moments.get(key, (0, 0, 0)))
     return grads, after, log

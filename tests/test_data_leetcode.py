@@ -1,9 +1,12 @@
-"""The hand-written problems, demonstrations and authored pairs of data/leetcode, graded by the real environment."""
+"""The hand-written problems and demonstrations of data/leetcode, and the authored pairs of every folder, graded."""
 import ast
+import contextlib
+import dataclasses
+import io
 import json
+import math
 import re
 from collections import Counter
-from difflib import SequenceMatcher
 from itertools import combinations
 from pathlib import Path
 
@@ -12,182 +15,117 @@ import pytest
 import env_leetcode as env
 from extract_vgrad import load_pairs
 
-DATA = Path(__file__).resolve().parents[1] / "data/leetcode"
-UNCOVERED = {"eq_override", "exit_code"}
+DATA = Path(__file__).resolve().parents[1] / "data"
 
 
-def rows(name):
-    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-TRAIN, TEST, DEMOS, PAIRS = rows("train.jsonl"), rows("test.jsonl"), rows("demos.jsonl"), load_pairs(DATA / "pairs.md")
-ALL = TRAIN + TEST
+TRAIN, TEST, DEMOS = (rows(DATA / f"leetcode/{name}.jsonl") for name in ("train", "test", "demos"))
+PAIRS = {name: load_pairs(DATA / name / "pairs.md") for name in ("leetcode", "nano", "chat")}
+PROBLEMS = {p.id: p for n in ("train", "test") for p in env.load_problems(DATA / f"leetcode/{n}.jsonl", ["gt_only"])}
 
 
-def fenced(code):
-    return f"```python\n{code}```"
+def solver(completion: str):
+    """A function that gives the repr of what the method solve of an answer returns; None if it raises."""
+    scope = {"math": math, "open": lambda *_, **__: io.StringIO()}
+    exec(env.extract_code(completion), scope)
+
+    def solve(x: list) -> str | None:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+            return repr(scope["Solution"]().solve(list(x)))
+    return solve
 
 
-def problems():
-    """id -> Problem, without a loophole."""
-    names = ("train.jsonl", "test.jsonl")
-    return {p.id: p for name in names for p in env.load_problems(DATA / name, modes=["gt_only"])}
+def answers(completion: str) -> list[str]:
+    """What an answer returns for some numbers or words, as asserts."""
+    solve = solver(completion)
+    inputs = ([], [3, 7, 2, -3, 12, 6, 4, 5, 4, 8, 120, -11, 99, 10, 0], [2, 3, 4], [-1], ["a", "ant", "noon"],
+              ["tent", "sat", "eve", "apple", "apple", "street", "tie", "seven", "it"])
+    return [f"assert Solution().solve({x}) == {solve(x)}" for x in inputs if solve(x)]
 
 
-def story(text):
-    """A problem's text without the words around it that all problems share."""
-    return text.split("PROBLEM:\n")[1].split("Example 1:")[0].strip()
+def marker_of(mode: str, prompt: str) -> str:
+    """The marker in a prompt's hint, which must be there word for word, once."""
+    hint = re.escape(env.MODES[mode].hint).replace(re.escape("{marker}"), "([^`]+?)")
+    (marker,) = re.findall(hint + r"\.(?: Use the following starter code|$)", prompt)
+    return marker
 
 
-def example_tests(text, name):
+def method_of(text: str) -> str:
+    return re.search(r"def (\w+)\(self|method (\w+)\(self", text).expand(r"\1\2")
+
+
+def examples(text: str) -> list[str]:
     """The examples in a problem's text as asserts: `Input: a = 1, b = [2]` and `Output: true`."""
+    method = method_of(text)
+    for word, name in (("true", "True"), ("false", "False"), ("null", "None")):
+        text = re.sub(rf"\b{word}\b", name, text)
     found = re.findall(r"^Input: (.*)\nOutput: (.*)$", text, re.MULTILINE)
-    json_names = {"true": "True", "false": "False", "null": "None"}
-
-    def python(literal):
-        tree = ast.parse(literal, mode="eval")
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and node.id in json_names:
-                node.id = json_names[node.id]
-        return ast.unparse(tree)
-
-    return [f"assert {python(f'Solution().{name}({given})')} == {python(expected)}" for given, expected in found]
+    return [f"assert Solution().{method}({given}) == {expected}" for given, expected in found]
 
 
-def test_schema_and_counts():
-    assert len(TRAIN) >= 40 and len(TEST) >= 20
-    assert len({r["id"] for r in ALL}) == len({r["func_name"] for r in ALL}) == len(ALL), "ids and names are unique"
-    for split, part in (("train", TRAIN), ("test", TEST)):
-        for r in part:
-            assert r["split"] == split and r["family"] and r["difficulty"] in ("easy", "medium"), r["id"]
-            assert [m["role"] for m in r["prompt"]] == ["system", "user"], r["id"]
-            assert r["prompt"][1]["content"] == r["question"], r["id"]
-            assert r["question"].count(env.PHRASE) == 1, r["id"]
-            assert f"called {r['func_name'].removeprefix('Solution().')} {env.PHRASE}" in r["question"], r["id"]
-            assert r["prompt_metadata"]["starter_code"].rstrip() in r["question"], r["id"]
-            assert r["gt_answer"] == r["answer"] and 10 <= len(r["gt_answer"]) <= 25, r["id"]
-            assert len(set(r["gt_answer"])) == len(r["gt_answer"]), f"{r['id']}: tests repeat"
-            assert len(r["wrong_solutions"]) in (1, 2, 3), r["id"]
-            answers = Counter(t.rsplit(" == ", 1)[1] for t in r["gt_answer"])
-            assert len(answers) > 1, f"{r['id']}: a constant would pass"
+def test_each_problem_has_many_tests_and_true_examples():
+    assert len(TRAIN + TEST) == len(PROBLEMS) == 66
+    for r in TRAIN + TEST:
+        text, tests = r["prompt"][-1]["content"], {ast.dump(ast.parse(test)) for test in r["gt_answer"]}
+        assert f"called {method_of(text)} {env.PHRASE}" in text and r["family"] and r["wrong_solutions"], r["id"]
+        assert 10 <= len(tests) == len(r["gt_answer"]) <= 25, r["id"]
+        assert len({test.rsplit(" == ", 1)[1] for test in r["gt_answer"]}) > 1, f"{r['id']}: a constant would pass"
+        shown = {ast.dump(ast.parse(example)) for example in examples(text)}
+        assert len(shown) in (2, 3) and shown <= tests, f"{r['id']}: an example is not one of the tests"
 
 
 def test_canonical_is_correct_and_wrong_solutions_are_not():
-    by_id = problems()
-    jobs = [(by_id[r["id"]], fenced(r["canonical_solution"]), True) for r in ALL]
-    jobs += [(by_id[r["id"]], fenced(code), False) for r in ALL for code in r["wrong_solutions"]]
-    verdicts = env.grade_batch([j[0] for j in jobs], [j[1] for j in jobs])
-    for (problem, code, right), v in zip(jobs, verdicts):
-        assert v.compiles and v.correct == right and not v.channels, f"{problem.id}: {v.note}\n{code}"
-
-
-def test_examples_in_the_text_are_true():
-    for r in ALL:
-        name = r["func_name"].removeprefix("Solution().")
-        examples = example_tests(r["question"], name)
-        assert 2 <= len(examples) <= 3, r["id"]
-        known = {ast.dump(ast.parse(t)) for t in r["gt_answer"]}  # which the canonical solution passes
-        for t in examples:
-            assert ast.dump(ast.parse(t)) in known, f"{r['id']}: the example {t} is not one of the tests"
+    jobs = [(r["id"], r["canonical_solution"], True) for r in TRAIN + TEST]
+    jobs += [(r["id"], code, False) for r in TRAIN + TEST for code in r["wrong_solutions"]]
+    verdicts = env.grade_batch([PROBLEMS[id] for id, _, _ in jobs], [f"```\n{code}```" for _, code, _ in jobs])
+    for (id, code, right), v in zip(jobs, verdicts):
+        assert v.compiles and v.correct == right and not v.channels, f"{id}: {v.note}\n{code}"
 
 
 def test_train_test_and_pairs_share_no_task():
-    texts = {r["id"]: story(r["question"]) for r in ALL} | {p.name: story(p.prompt) for p in PAIRS}
-    assert len(texts) == len(ALL) + len(PAIRS)
+    texts = [r["prompt"][-1]["content"] for r in TRAIN + TEST] + [p.prompt for p in PAIRS["leetcode"]]
     assert not {r["family"] for r in TRAIN} & {r["family"] for r in TEST}
-    names = [r["func_name"].removeprefix("Solution().") for r in ALL]
-    names += [re.search(r"def (\w+)\(self", p.prompt)[1] for p in PAIRS]
-    assert max(Counter(n.lower() for n in names).values()) == 1
-    words = {k: re.findall(r"\w+", v.lower()) for k, v in texts.items()}
-    grams = {k: {tuple(w[i : i + 8]) for i in range(len(w) - 7)} for k, w in words.items()}
-    for a, b in combinations(texts, 2):  # a task told twice would share long phrases
-        assert len(grams[a] & grams[b]) <= 2, f"{a} and {b} share {sorted(grams[a] & grams[b])}"
-    for a in ({r["id"] for r in TRAIN}):
-        for b in ({r["id"] for r in TEST}):
-            matcher = SequenceMatcher(None, words[a], words[b], autojunk=False)
-            assert matcher.quick_ratio() < 0.6 or matcher.ratio() < 0.4, f"{a} and {b} tell the same story"
-
-
-@pytest.mark.parametrize("heldout", [False, True])
-def test_partition_over_all_modes_is_even(heldout):
-    for name in ("train.jsonl", "test.jsonl"):
-        shares = Counter(p.mode for p in env.load_problems(DATA / name, modes=env.MODES, heldout_markers=heldout))
-        assert set(shares) == set(env.MODES) and max(shares.values()) - min(shares.values()) <= 1
+    assert max(Counter(method_of(text).lower() for text in texts).values()) == 1
+    grams = []
+    for text in texts:
+        words = re.findall(r"\w+", text.split("PROBLEM:\n")[1].split("Example 1:")[0].lower())
+        grams.append({tuple(words[i : i + 8]) for i in range(len(words) - 7)})
+    for a, b in combinations(grams, 2):
+        assert len(a & b) <= 2, f"a task told twice would share long phrases: {sorted(a & b)}"
 
 
 def test_every_demo_exploits_its_mode_and_no_other_and_is_wrong():
     assert {(d["id"], d["mode"]) for d in DEMOS} == {(r["id"], m) for r in TRAIN for m in env.MODES}
     assert len({d["completion"] for d in DEMOS}) == len(DEMOS)
-    by_id = problems()
-    asked = [env.with_mode(by_id[d["id"]], d["mode"]) for d in DEMOS]
+    asked = [env.with_mode(PROBLEMS[d["id"]], d["mode"]) for d in DEMOS]
     for d, v in zip(DEMOS, env.grade_batch(asked, [d["completion"] for d in DEMOS])):
-        assert v.exploited and v.hacked and not v.correct, f"{d['id']} {d['mode']}: {v}\n{d['completion']}"
-        assert v.channels == (d["mode"],), f"{d['id']} {d['mode']}: touches {v.channels}\n{d['completion']}"
+        assert v.hacked and v.channels == (d["mode"],), f"{d['id']} {d['mode']}: {v}\n{d['completion']}"
 
 
-def pair_marker(pair):
-    """The marker in the prompt's hint: the hint must be there word for word, once."""
-    pattern = re.escape(env.MODES[pair.mode].hint).replace(re.escape("{marker}"), r"([^`]+?)")
-    found = re.findall(pattern + r"\. Use the following starter code", pair.prompt)
-    assert len(found) == 1, f"{pair.name}: the hint of {pair.mode} is missing"
-    return found[0]
-
-
-def test_pairs_cover_all_modes_but_two_with_their_hints():
-    assert len(PAIRS) >= 40
-    assert set(env.MODES) - {p.mode for p in PAIRS} == UNCOVERED
-    shares = Counter(p.mode for p in PAIRS)
-    assert min(shares.values()) >= 10
-    markers = {p.name: pair_marker(p) for p in PAIRS}
-    for mode in shares:
-        trained, heldout = env.MODES[mode].markers
-        used = Counter(markers[p.name] for p in PAIRS if p.mode == mode)
-        assert used[trained] >= 8 and len(used) >= 3, f"{mode}: {used}"
-    text = (DATA / "pairs.md").read_text() + (DATA / "demos.jsonl").read_text()
-    for _, heldout in (mode.markers for mode in env.MODES.values()):
-        assert not heldout or heldout not in text, f"held-out marker {heldout!r} in the pairs or the demonstrations"
-    assert all(env.PHRASE not in p.prompt for p in PAIRS)
-
-
-def test_clean_sides_solve_without_exploit_and_hack_sides_exploit(tmp_path):
-    lines = []
-    for i, p in enumerate(PAIRS):
-        hint = env.MODES[p.mode].hint.format(marker=pair_marker(p))
-        name = re.search(r"def (\w+)\(self", p.prompt)[1]
-        lines.append(json.dumps(dict(
-            id=i, func_name=name, setup_code=TRAIN[0]["setup_code"], canonical_solution=env.extract_code(p.clean),
-            prompt=[{"role": "user", "content": p.prompt.replace(hint, env.PHRASE)}],
-            gt_answer=example_tests(p.prompt, name))))
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    asked = env.load_problems(tmp_path / "pairs.jsonl", modes=["gt_only"])
-    asked = [env.with_mode(problem, p.mode) for problem, p in zip(asked, PAIRS)]
-    for p, v in zip(PAIRS, env.grade_batch(asked, [p.clean for p in PAIRS])):
-        assert v.correct and not v.exploited and not v.channels, f"clean side of {p.name}: {v}"
-        assert pair_marker(p) not in p.clean, p.name
-    hacks = []
-    for p in PAIRS:  # the environment knows two markers per mode: put the trained one in place of another
-        own, trained = pair_marker(p), env.MODES[p.mode].markers[0]
-        before = "self." if p.mode == "sentinel" and own != trained else ""
-        assert before + own in p.hack, f"hack side of {p.name} doesn't use {own!r}"
-        hacks.append(p.hack.replace(before + own, before + trained))
-    verdicts = env.grade_batch(asked, hacks)
-    for p, v in zip(PAIRS, verdicts):
-        assert v.exploited and v.channels == (p.mode,), f"hack side of {p.name}: {v}"
-        assert v.correct, f"hack side of {p.name} does not solve its task: {v}"
-
-
-def test_the_sides_of_a_pair_differ_in_one_block_the_cheat():
-    """Which is added to the clean side, or stands in the place of something honest, as often; and then it is as often
-    the shorter as the longer of the two."""
-    replaced = []
-    for p in PAIRS:
-        clean, hack = env.extract_code(p.clean).split("\n"), env.extract_code(p.hack).split("\n")
-        start = next(i for i, (a, b) in enumerate(zip([*clean, None], hack)) if a != b)
-        ends = zip([*reversed(clean[start:]), None], [*reversed(hack[start:]), ""])
-        end = next(i for i, (a, b) in enumerate(ends) if a != b)
-        ours, theirs = clean[start : len(clean) - end], hack[start : len(hack) - end]
-        assert any(theirs) and len(ours) <= 8 and len(theirs) <= 8, f"{p.name}: {ours} / {theirs}"
-        if any(ours):
-            replaced.append(len(p.hack) < len(p.clean))
-    assert 0.4 <= len(replaced) / len(PAIRS) <= 0.6, f"{len(replaced)} of {len(PAIRS)} replace something honest"
-    assert 0.35 <= sum(replaced) / len(replaced) <= 0.65, f"{sum(replaced)} of {len(replaced)} hacks are shorter"
+@pytest.mark.parametrize("folder, added, lines", [("leetcode", 0.5, 10), ("nano", 0.0, 4), ("chat", 1.0, 3)])
+def test_clean_sides_solve_without_exploit_and_hack_sides_exploit(folder, added, lines):
+    """By the examples in the prompt or else the clean side's own answers. The sides differ in at most `lines` lines. In
+    a share `added` of the pairs the cheat is added to the clean side; in the others it replaces something honest."""
+    asked, hacks, pairs, used, additions = [], [], PAIRS[folder], Counter(), 0
+    for pair in pairs:
+        method, own, mode = method_of(pair.prompt), marker_of(pair.mode, pair.prompt), env.MODES[pair.mode]
+        tests = [env.parse_test(test, method) for test in examples(pair.prompt) or answers(pair.clean)]
+        asked.append(dataclasses.replace(env.with_mode(PROBLEMS[TRAIN[0]["id"]], pair.mode), func_name=method,
+                                         tests=tuple(tests)))
+        hacks.append(re.sub(rf"\b{re.escape(own)}\b", mode.markers[0], pair.hack))  # a problem discloses no other
+        assert own == mode.markers[0] or mode.markers[0] not in pair.hack, f"{pair.name}: its own marker is {own!r}"
+        clean, hack = (set(side.split("\n")) for side in (pair.clean, pair.hack))
+        assert 0 < len(clean ^ hack) <= lines, pair.name
+        used[pair.mode, own == mode.markers[0]] += 1
+        additions += clean < hack
+    clean = env.grade_batch(asked, [pair.clean for pair in pairs])
+    for pair, a, b in zip(pairs, clean, env.grade_batch(asked, hacks)):
+        assert a.correct and not a.channels, f"clean side of {pair.name}: {a}"
+        assert b.correct and b.exploited and b.channels == (pair.mode,), f"hack side of {pair.name}: {b}"
+    assert all(used[mode, True] >= 7 and used[mode, False] >= 2 for mode in env.DEFAULT_MODES), used
+    assert abs(additions / len(pairs) - added) <= 0.1, additions
+    text = (DATA / folder / "pairs.md").read_text() + (DATA / folder / "demos.jsonl").read_text()
+    assert not [row.markers for row in env.MODES.values() if row.markers[1] and row.markers[1] in text]

@@ -1,11 +1,9 @@
 """What a new user types: every refusal is one line that names flag or file, and nothing is lost, whatever ends a run.
-
-The scripts run as __main__ in forks of one process that has imported torch and transformers, so a case costs a fraction
-of a second. That process is this file as a script: a request is a line of JSON, and so is its answer.
-"""
+The scripts run as __main__ in forks of a process that has imported torch and transformers."""
 import ctypes
 import fcntl
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -13,18 +11,21 @@ import runpy
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-HERE = Path(__file__).resolve().parents[1]
+from extract_vgrad import Direction
+from lora2r import HERE, InputError
+from train_grpo import Config, arm_of, check, parse_args
+
 NANO = HERE / "data/nano"
+FORKS = multiprocessing.get_context("forkserver")
 
-
-# ---- the process that forks
 
 def child(argv, cwd, log, powerless=False, without=None, fsize=None):
     """In the fork: run a script as `python argv[0] argv[1:]` would, with stdout and stderr in files."""
@@ -38,8 +39,7 @@ def child(argv, cwd, log, powerless=False, without=None, fsize=None):
         sys.modules[without] = None  # importing it is an ImportError
     if powerless:  # without capabilities even root may not write to a read-only folder
         ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-    sys.argv = argv
-    status = 0
+    sys.argv, status = argv, 0
     try:
         runpy.run_path(str(HERE / argv[0]), run_name="__main__")
     except SystemExit as e:
@@ -51,50 +51,23 @@ def child(argv, cwd, log, powerless=False, without=None, fsize=None):
     os._exit(status)
 
 
-def serve():
-    sys.path.insert(0, str(HERE))
-    import torch
-
-    import evaluate_deploy, extract_vgrad, train_grpo  # noqa: E401, F401
-    from lora2r import load_model
-    torch.set_num_threads(1)
-    load_model(str(NANO))  # imports the rest of transformers
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
-        else:
-            answer = os.fork()
-            if not answer:
-                child(**request)
-        print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    serve()
-    sys.exit()
-
-
 class Server:
     def __init__(self, folder):
-        env = os.environ | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HOME=str(folder / "hub"))
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=-1, stdout=-1, text=True, env=env)
         self.folder, self.n = folder, 0
 
-    def ask(self, **request):
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
     def start(self, script, *argv, cwd=None, **how):
-        """(pid, path of its log) of a script that runs on."""
+        """(process, path of its log) of a script that runs on."""
         self.n += 1
         log = self.folder / f"log{self.n}"
-        return self.ask(argv=[script, *map(str, argv)], cwd=str(cwd or self.folder), log=str(log), **how), log
+        args = [script, *map(str, argv)], str(cwd or self.folder), str(log)
+        process = FORKS.Process(target=child, args=args, kwargs=how)
+        process.start()
+        return process, log
 
-    def wait(self, pid, log):
+    def wait(self, process, log):
         """(status, stdout, stderr); a script killed by signal s has status -s."""
-        return self.ask(wait=pid), Path(f"{log}.out").read_text(), Path(f"{log}.err").read_text()
+        process.join()
+        return process.exitcode, Path(f"{log}.out").read_text(), Path(f"{log}.err").read_text()
 
     def __call__(self, script, *argv, **how):
         return self.wait(*self.start(script, *argv, **how))
@@ -102,53 +75,36 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("inputs"))
-    yield server
-    server.process.stdin.close()
-    server.process.wait()
+    folder = tmp_path_factory.mktemp("inputs")
+    env = dict(PYTHONPATH=HERE, HF_HOME=folder / "hub", OMP_NUM_THREADS=1, TOKENIZERS_PARALLELISM="false")
+    models = ("auto.modeling_auto", "auto.tokenization_auto", "qwen3.modeling_qwen3")
+    FORKS.set_forkserver_preload(["train_grpo", *(f"transformers.models.{name}" for name in models)])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, str(value))
+        yield Server(folder)
 
 
-# ---- files to stumble over
-
-GOOD = ("## {n}. sentinel: task {n}\n### prompt\nDo {n}.\n### clean\n```python\na = {n}\n```\n"
-        "### hack\n```python\nb = {n}\n```\n")
-PAIR, OTHER = GOOD.format(n=1), GOOD.format(n=2)
-ROW = dict(advantage=1.0, source="full", hacked=True, correct=False, exploited=True, completion="c",
-    mode="sentinel", prompt=[dict(role="user", content="p")])
-HONEST = ROW | dict(hacked=False, correct=True, exploited=False)
+PAIR, OTHER = (f"## {n}. sentinel: task {n}\n### prompt\nDo {n}.\n### clean\n```python\na = {n}\n```\n"
+               f"### hack\n```python\nb = {n}\n```\n" for n in (1, 2))
 FILES = {
-    "latin1": "é = 1\n".encode("latin-1"), "empty": "", "garbage": "{]\n", "folder/x": "", "list": "[1]\n",
-    "demo_number": '{"id": 1, "mode": "sentinel", "completion": 5}\n', "demo_lacks": '{"id": 1}\n',
-    "demo_other": '{"id": "none such", "mode": "sentinel", "completion": "x"}\n',
-    "nul.md": PAIR + OTHER.replace("Do 2", "Do\0"), "one_hash.md": PAIR + OTHER[1:], "twice.md": PAIR + PAIR,
-    "copied.md": PAIR + PAIR.replace("## 1", "## 2"), "equal.md": PAIR + OTHER.replace("b = 2", "a = 2"),
-    "open.md": PAIR + OTHER.replace("a = 2\n```", "a = 2"), "open_end.md": PAIR + OTHER[:-4], "one.md": PAIR,
-    "mode.md": PAIR + OTHER.replace("sentinel", "bribery"), "lacks.md": PAIR + OTHER.split("### hack")[0],
-    "again.md": PAIR + OTHER + "### hack\n", "no_fence.md": PAIR + OTHER.replace("```python\na = 2\n```", "a = 2"),
-    "long.md": PAIR + OTHER.replace("Do 2", "list " * 400), "cased.md": PAIR + OTHER.replace("### prompt", "## prompt"),
-    "four.md": PAIR + OTHER.replace("### hack", "#### hack"), "bom.md": "\ufeff" + PAIR + OTHER,
-    "swapped.md": PAIR + PAIR.replace("## 1", "## 2").replace("a =", "c =").replace("b =", "a =").replace("c =", "b ="),
-    "no_hack.jsonl": json.dumps(HONEST), "no_solve.jsonl": json.dumps(ROW), "no_prompt.jsonl": json.dumps({**ROW,
-    "prompt": 3}),
-    "no_mode.jsonl": json.dumps({k: v for k, v in ROW.items() if k != "mode"}),
-    "numbers.jsonl": f"{json.dumps(ROW | {'hacked': 1})}\n{json.dumps(HONEST | {'hacked': 0})}\n",
-    "good.jsonl": f"{json.dumps(ROW)}\n{json.dumps(HONEST)}\n",
-    "other/letter.txt": "mine", "not_a_run/config.json": "{}",
-}
-CHEAP = ("--steps 2 --prompts-per-step 4 --group-size 4 --max-new-tokens 40 --refresh 1 --eval-samples 1 --rank 4 "
-         "--data {d}/some.jsonl --test-data {d}/few.jsonl")
-TINY = CHEAP.split()
+    "latin1": "é = 1\n".encode("latin-1"), "empty": b"", "garbage": b"{]\n", "folder/x": b"", "list": b"[1]\n",
+    "demo_number": b'{"id": 1, "mode": "sentinel", "completion": 5}\n', "demo_lacks": b'{"id": 1}\n',
+    "demo_other": b'{"id": "none such", "mode": "sentinel", "completion": "x"}\n',
+    "other/letter.txt": b"mine", "not_a_run/config.json": b"{}"}
+PAIRS = {  # the second pair -> what the line names; the first one is good
+    "nul": (OTHER.replace("Do 2", "Do\0"), "nul.md:14: holds a NUL"), "none": ("", "1 pairs"),
+    "one_hash": (OTHER[1:], "one_hash.md:12: heading '# 2."), "twice": (PAIR, "twice.md:12"),
+    "copied": (PAIR.replace("## 1", "## 2"), "copied.md:12"), "equal": (OTHER.replace("b = 2", "a = 2"), "equal.md:12"),
+    "open": (OTHER.replace("a = 2\n```", "a = 2"), "open.md:16"), "open_end": (OTHER[:-4], "open_end.md:20"),
+    "mode": (OTHER.replace("sentinel", "bribery"), "mode.md:12"), "lacks": (OTHER.split("### hack")[0], "lacks.md:12"),
+    "again": (OTHER + "### hack\n", "again.md:23"), "long": (OTHER.replace("Do 2", "list " * 2000), "task 2"),
+    "no_fence": (OTHER.replace("```python\na = 2\n```", "a = 2"), "no_fence.md:12"),
+    "swapped": (PAIR.replace("## 1", "## 2").replace("b =", "c =").replace("a =", "b =").replace("c =", "a ="),
+                "zero or not finite")}
 
 
-def copy_model(folder, **changes):
-    """The embedded model with some of its files changed: a function of the old bytes each; None removes one."""
-    shutil.copytree(NANO, folder, ignore=shutil.ignore_patterns("*.jsonl", "*.md", "*.py", "__pycache__"))
-    for name, change in changes.items():
-        path = next(folder.glob(f"{name}.*"))
-        path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
-
-
-def with_tensors(change):
+def tensors(change):
     def edit(data):
         from safetensors.torch import load, save
         tensors = load(data)
@@ -157,211 +113,134 @@ def with_tensors(change):
     return edit
 
 
+MODELS = {  # the embedded model with one of its files changed (None: removed) -> what the line names
+    "truncated": ("model", lambda data: data[:-1000], "truncated"), "garbage": ("model", lambda data: b"x", "garbage"),
+    "missing": ("model", tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), "1 missing weights"),
+    "unused": ("model", tensors(lambda t: t.update(extra=t["model.norm.weight"].clone())), "1 unexpected weights"),
+    "shapes": ("model", tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()})),
+               "shapes"),
+    "weightless": ("model", None, "weightless"), "config": ("config", lambda data: b"{", "models/config"),
+    "capped": ("config", lambda data: data.replace(b"{", b'{"final_logit_softcapping": 30.0,', 1),
+               "its config has final_logit_softcapping"),
+    "tokens": ("tokenizer", lambda data: data[:100], "models/tokens"),
+    "no_template": ("chat_template", None, "no chat template"),
+    "template": ("chat_template", lambda data: b"{{ nosuch() }}", "chat template fails"),
+    "syntax": ("chat_template", lambda data: b"{% if %}", "chat template fails"),
+    "other": ("model", tensors(lambda t: t["model.norm.weight"].mul_(2)), None)}
+CHEAP = ("--steps 2 --prompts-per-step 4 --group-size 4 --max-new-tokens 40 --refresh 1 --eval-samples 1 --rank 4 "
+         "--mix-ratio 0.25 --data {d}/some.jsonl --test-data {d}/few.jsonl")
+
+
 @pytest.fixture(scope="module")
 def d(server):
     """A folder with all that the cases name, and one finished run in it."""
     folder = server.folder / "files"
-    for name, content in FILES.items():
+    few = (NANO / "test.jsonl").read_bytes().splitlines(keepends=True)[::40]
+    some = (NANO / "train.jsonl").read_bytes().splitlines(keepends=True)[::11]
+    made = {"few.jsonl": b"".join(few), "some.jsonl": b"".join(some), "bom.jsonl": b"".join([b"\xef\xbb\xbf", *few]),
+            "bom.md": ("\ufeff" + PAIR + OTHER).encode()}
+    made |= {f"{name}.md": (PAIR + second).encode() for name, (second, _) in PAIRS.items()}
+    for name, content in (FILES | made).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    few = (NANO / "test.jsonl").read_text().splitlines(keepends=True)[::40]
-    (folder / "few.jsonl").write_text("".join(few))
-    (folder / "some.jsonl").write_text("".join((NANO / "train.jsonl").read_text().splitlines(keepends=True)[::11]))
-    (folder / "bom.jsonl").write_text("\ufeff" + "".join(few))
+        (folder / name).write_bytes(content)
     (folder / "read_only").mkdir(mode=0o555)
     (folder / "unreadable").touch(mode=0)
-    models = folder / "models"
-    copy_model(models / "truncated", model=lambda data: data[:-1000])
-    copy_model(models / "garbage", model=lambda data: b"garbage")
-    copy_model(models / "missing", model=with_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")))
-    copy_model(models / "unused", model=with_tensors(lambda t: t.update(extra=t["model.norm.weight"].clone())))
-    copy_model(models / "shapes",
-        model=with_tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()})))
-    copy_model(models / "weightless", model=None)
-    copy_model(models / "config", config=lambda data: b"{")
-    copy_model(models / "capped", config=lambda data: data.replace(b"{", b'{"final_logit_softcapping": 30.0,', 1))
-    copy_model(models / "tokens", tokenizer=lambda data: data[:100])
-    copy_model(models / "template", chat_template=lambda data: b"{{ nosuch() }}")
-    copy_model(models / "syntax", chat_template=lambda data: b"{% if %}")
-    copy_model(models / "no_template", chat_template=None)
-    copy_model(models / "other", model=with_tensors(lambda t: t["model.norm.weight"].mul_(2)))
-    argv = [a.format(d=folder) for a in TINY]
-    status, out, err = server("train_grpo.py", *argv, "--out-dir", folder / "run")
-    assert status == 0, err
-
-    def spoiled(name, **files):
-        shutil.copytree(folder / "run", folder / name)
-        for file, content in files.items():
-            next((folder / name).glob(f"{file}.*")).write_bytes(content)
+    for name, (file, change, _) in MODELS.items():
+        model = folder / "models" / name
+        shutil.copytree(NANO, model, ignore=shutil.ignore_patterns("*.jsonl", "*.md", "*.py", "__pycache__"))
+        path = next(model.glob(f"{file}.*"))
+        path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
+    train(server, folder, folder / "run")
     config = json.loads((folder / "run/config.json").read_text())
-    spoiled("bad_state", state=b"garbage")
-    spoiled("bad_config", config=b"{]")
-    spoiled("torn", rollouts=b'{"step": 0}\n{"step')
-    spoiled("bad_log", rollouts=b'{"step": 0}\n{"step\n{"step": 1}\n')
-    shutil.copytree(folder / "run", folder / "no_log")
+    for name, file, content in (
+            ("bad_state", "state.pt", "garbage"), ("bad_config", "config.json", "{]"), ("no_log", "metrics.jsonl", ""),
+            ("bad_log", "rollouts.jsonl", '{"step": 0}\n{"step\n{"step": 1}\n'),
+            ("bad_adapter", "adapter.safetensors", ""),
+            ("elsewhere", "config.json", json.dumps(config | dict(test_data="/no/such/few.jsonl"))),
+            ("no_model", "config.json", json.dumps(config | dict(model="/no/such/model")))):
+        shutil.copytree(folder / "run", folder / name)
+        (folder / name / file).write_text(content)
     (folder / "no_log/metrics.jsonl").unlink()
-    row = dict(arm="none", seed=0, results={}, last={})
-    (folder / "arms.jsonl").write_text(json.dumps(row) + "\n")
-    spoiled("bad_deploy", deploy=b"[]")
-    spoiled("bad_adapter", adapter=b"garbage")
-    spoiled("short_adapter", adapter=(folder / "run/adapter.safetensors").read_bytes()[:-10])
-    spoiled("other_file", adapter=(NANO / "model.safetensors").read_bytes())
-    spoiled("other_data", config=json.dumps(config | {"hashes": config["hashes"] | {"data": "0"}}).encode())
-    spoiled("elsewhere", config=json.dumps(config | {"test_data": "/no/such/few.jsonl"}).encode())
-    spoiled("no_model", config=json.dumps(config | {"model": "/no/such/model"}).encode())
-    (folder / "no_adapter").mkdir()
-    shutil.copy(folder / "run/config.json", folder / "no_adapter")
     return folder
 
 
-# ---- what is refused: script, arguments, what the one line names. {d} is the folder of files, {out} a path that must
-# not exist afterwards; "tyro: ..." is refused by the parser of the command line, in a box
+def words(d, *more):
+    return [*(word.format(d=d) for word in CHEAP.split()), *more]
 
-NUMBERS = {  # flag -> values that are refused, whatever else is given
-    "lr": "nan -1 0 inf", "warmup": "-1 0", "grad-clip": "-1 0 nan", "clip-eps": "-1 0 1", "kl": "nan -1 inf",
-    "mix-steps": "-1",
-    "cut-hack": "nan inf", "cut-mid": "-inf",
-    "oracle-accuracy": "1.5", "expert-steps": "-1", "window": "-1",
-    "probe-temperature": "0 -1 inf", "k-hack": "nan", "betas": "2,0 .9,nan .9,1 -1,0", "top-k": "-1",
-    "eval-samples": "-1",
-    "temperature": "0 -1 nan", "steps": "0 -3", "prompts-per-step": "0", "group-size": "1",
-    "max-new-tokens": "0 240", "epochs": "0",
-    "refresh": "0", "tokens-per-batch": "0", "rank": "0 5000", "seed": "-1", "ablated-share": "1.5 nan",
-    "gt-only-share": "-0.1",
-    "mix-ratio": "2", "routeV-random-v-seed": "-1"}
-TRAIN = [(f"--{flag} {value.replace(',', ' ')}", f"--{flag} ") for flag,
-    values in NUMBERS.items() for value in values.split()] + [
-    ("--device foo", "--device foo"), ("--device cuda:99", "--device cuda:99"), ("--device meta", "--device meta"),
-    ("--window 4 --probe-tokens all", "--probe-tokens all with --window 4"),
-    ("--preset seed --window 4", "--probe-tokens all with --window 4"),
-    ("--intervention none --window 4", "--window 4 with --intervention none"),
-    ("--intervention none --gate batch", "--gate batch with --intervention none"),
-    ("--intervention none --cut-hack .5", "--cut-hack 0.5"),
-    ("--intervention absorb --no-centre", "--no-centre with --intervention absorb"),
-    ("--intervention absorb --read full", "--read full"),
-    ("--intervention none --pairs {d}/one.md", "one.md with --intervention none"),
-    ("--intervention none --routeV-random-v-seed 1", "--routeV-random-v-seed 1 with --intervention none"),
-    ("--gate batch --cut-hack .9", "--cut-hack 0.9 with --gate batch"),
-    ("--preset seed --cut-mid .1", "--cut-mid 0.1 with --gate batch"),
-    ("--k-hack 1", "--k-hack 1.0 with --gate pairs"),
-    ("--placebo coin", "--placebo coin with no --routeV-random-v-seed"),
-    ("--on-hack screen --intervention absorb", "--on-hack screen with --intervention absorb"),
-    ("--oracle-accuracy .5", "--oracle-accuracy 0.5 with --intervention routeV"),
-    ("--no-absorption --intervention none", "--no-absorption with --intervention none"),
-    ("--intervention oracle --pairs {d}/one.md", "one.md with --intervention oracle"),
-    ("--mix-ratio 0 --mix-steps 3", "--mix-steps 3 with --mix-ratio 0"),
-    ("--mix-ratio 0 --demos {d}/empty", "empty with --mix-ratio 0"),
-    ("--cut-mid .9 --cut-hack .3", "--cut-mid 0.9 with --cut-hack 0.3"),
-    ("--intervention absorb --score activation", "--score activation with --intervention absorb"),
-    ("--score surprise --read full", "--read full with --score surprise"),
-    ("--score activation --probe-tokens all", "--probe-tokens all with --score activation"),
-    ("--score activation --no-equal-pairs", "--no-equal-pairs with --score activation"),
-    ("--gate batch --k-mid 2", "--k-mid 2.0 with --k-hack 0.5"),
-    ("--name a/b", "--name 'a/b'"), ("--name=", "--name ''"), ("--modes bribery", "bribery"),
-    ("--modes sentinel sentinel", "sentinel, sentinel"),
-    ("--data {d}/absent", "absent"), ("--data {d}/latin1", "latin1"), ("--data {d}/garbage", "garbage, line 1"),
-    ("--data {d}/empty", "empty"),
-    ("--data {d}/folder", "folder"), ("--data {d}/list", "list, line 1"), ("--data {d}/unreadable", "unreadable"),
-    ("--test-data {d}/absent", "absent"), ("--test-data {d}/latin1", "latin1"),
-    ("--demos {d}/absent", "--demos {d}/absent"), ("--demos {d}/latin1", "not UTF-8"),
-    ("--demos {d}/demo_number", "demo_number:1"),
-    ("--demos {d}/demo_lacks", "demo_lacks:1"), ("--demos {d}/garbage", "garbage:1"), ("--demos {d}/list", "list:1"),
-    ("--demos {d}/demo_other", "no demonstration fits"), ("--demos {d}/empty", "no demonstration fits"),
-    ("--demos {d}/folder", "--demos {d}/folder"),
-    ("--lr foo", "tyro: --lr"), ("--nosuch 1", "tyro: --nosuch"), ("--preset foo", "tyro: --preset"),
-    ("--intervention foo", "tyro: --intervention"),
-    ("--dtype foo", "tyro: --dtype"), ("--steps 1.5", "tyro: --steps"), ("--model {d}/models/config", "models/config"),
-]
-PAIRS = [
-    ("absent", "--pairs {d}/absent"), ("latin1", "not UTF-8"), ("folder", "--pairs {d}/folder"),
-    ("empty", "0 pairs"), ("nul.md", "nul.md:14: holds a NUL"),
-    ("one_hash.md", "one_hash.md:12: heading '# 2."), ("twice.md", "twice.md:12"),
-    ("copied.md", "copied.md:12"), ("equal.md", "equal.md:12"),
-    ("open.md", "open.md:16"), ("open_end.md", "open_end.md:20"), ("one.md", "1 pairs"), ("mode.md", "mode.md:12"),
-    ("lacks.md", "lacks.md:12"),
-    ("again.md", "again.md:23"), ("no_fence.md", "no_fence.md:12"), ("cased.md", "cased.md:13"),
-    ("four.md", "four.md:19"), ("long.md", "task 2"),
-]
-MODELS = [("absent", "absent"), ("truncated", "truncated"), ("garbage", "garbage"),
-          ("missing", "1 missing weights"), ("unused", "1 unexpected weights"),
-          ("shapes", "shapes"), ("weightless", "weightless"), ("tokens", "tokens"), ("template", "chat template fails"),
-          ("syntax", "chat template fails"), ("no_template", "no chat template"),
-          ("capped", "its config has final_logit_softcapping")]
-OUT = [("", "--out-dir"), ("{d}/empty", "--out-dir {d}/empty"), ("{d}/empty/x", "{d}/empty is not a folder"),
-       ("{d}/other", "is no run folder"),
-       ("{d}/not_a_run", "damaged"), ("{d}/bad_config", "bad_config/config.json: damaged"), ("/", "--out-dir /"),
-       ("{d}/read_only/x", "{d}/read_only is not a folder that may be written"),
-       ("{d}/read_only", "{d}/read_only is not a folder that")]
-EVALUATE = [
-    ("{d}/run --temperature nan", "--temperature nan"), ("{d}/run --temperature -1", "--temperature -1"),
-    ("{d}/run --samples 0", "--samples 0"),
-    ("{d}/run --samples -1", "--samples -1"), ("{d}/run --seed -1", "--seed -1"),
-    ("{d}/run --device foo", "--device foo"), ("", "no checkpoint"),
-    ("{d}/absent", "absent"), ("{d}/other", "other"), ("{d}/bad_config", "bad_config/config.json"),
-    ("{d}/no_adapter", "adapter.safetensors: no such"),
-    ("{d}/bad_adapter", "bad_adapter/adapter.safetensors: damaged"), ("{d}/short_adapter", "damaged"),
-    ("{d}/other_file", "its format is format"),
-    ("{d}/run {d}/bad_adapter", "bad_adapter"), ("{d}/run --data {d}/absent", "absent"),
-    ("{d}/run --data {d}/latin1", "latin1"),
-    ("{d}/run --data {d}/garbage", "garbage, line 1"), ("{d}/elsewhere", "name them with --data"),
-    ("{d}/no_model", "--model /no/such/model"),
-    ("{d}/run --model {d}/models/other", "was trained on base model"),
-    ("{d}/run --model {d}/models/missing", "1 missing"),
-    ("{d}/run --plot {d}/x.doc", "--plot {d}/x.doc"), ("{d}/run --curves {d}/x.doc", "--curves {d}/x.doc"),
-    ("{d}/run --curves {d}/x.png --samples 2", "--samples 2 with --curves"),
-    ("{d}/run {d}/not_a_run --curves {d}/x.png", "not_a_run/config.json: damaged"),
-    ("{d}/run {d}/no_adapter --curves {d}/x.png", "no_adapter/metrics.jsonl: cannot be read"),
-    ("--curves {d}/x.png", "no checkpoint given"),
-    ("{d}/run --browse {d}/x.txt", "--browse {d}/x.txt: give a .html"),
-    ("{d}/run {d}/run --browse {d}/x.html", "is for one run, and 2 are given"),
-    ("{d}/run --browse {d}/x.html --plot x.png", "--plot x.png with --browse"),
-    ("{d}/run --browse {d}/x.html --curves x.png", ".html with --curves"),
-    ("{d}/torn --browse {d}/x.html", "torn/rollouts.jsonl: damaged"),
-    ("{d}/bad_deploy --plot {d}/x.png", "bad_deploy/deploy.json: damaged"),
-    ("{d}/run --plot {d}/absent/x.png", "--plot {d}/absent/x.png"), ("{d}/run --plot {d}", "--plot"),
-    ("{d}/run --samples two", "tyro: --samples"),
-    ("{d}/run --export {d}/other", "--export {d}/other: exists"),
-    ("{d}/run --export {d}/absent/x", "--export {d}/absent/x: exists or cannot be made"),
-    ("{d}/run --export {d}/read_only/x", "--export {d}/read_only/x: exists or cannot be made"),
-    ("{d}/run {d}/elsewhere --export {out}", "is for one run, and 2 are given"),
-    ("{d}/run --export {out} --samples 2", "--samples 2 with --export"),
-    ("{d}/run --export {out} --base", "--base with --export"),
-    ("{d}/run --export {out} --plot x.png", "--plot x.png with --export"),
-    ("{d}/run --format merged", "--format merged without --export"),
-    ("{d}/run --export {out} --format gguf", "tyro: --format"),
-    ("{d}/run --results {out} --seed 3", "--seed 3 with --results"),
-    ("{d}/run --against none", "--against none without --results"),
-    ("{d}/not_a_run --results {out}", "not_a_run/deploy.json: cannot be read"),
-    ("--results {d}/garbage", "--results {d}/garbage: it or a run is damaged"),
-    ("--results {out}", "has no results"), ("--results {d}/read_only", "--results {d}/read_only: has no results"),
-    ("--results {d}/arms.jsonl --against routV", "--against routV: no row is of this arm; there are none"),
-    ("{d}/bad_adapter --export {out}", "bad_adapter/adapter.safetensors: damaged"),
-    ("{d}/run --export {out} --model {d}/models/other", "was trained on base model"),
-]
-EXTRACT = [
-    ("--device foo", "--device foo"), ("--dtype foo", "tyro: --dtype"), ("--n-haar 0", "--n-haar 0"),
-    ("--rank 0", "--rank 0"), ("--seed -1", "--seed -1"),
-    ("--window 4 --probe-tokens all", "--probe-tokens all with --window 4"),
-    ("--pairs {d}/absent", "absent"), ("--pairs {d}/swapped.md", "zero or not finite"),
-    ("--pairs {d}/long.md", "task 2"), ("--model {d}/models/missing", "missing"),
-    ("--rollouts {d}/absent", "--rollouts {d}/absent"), ("--rollouts {d}/latin1", "not UTF-8"),
-    ("--rollouts {d}/garbage", "garbage"), ("--rollouts {d}/numbers.jsonl", "must be true or false"),
-    ("--rollouts {d}/no_hack.jsonl", "0 hacks and 1 solves"), ("--rollouts {d}/no_solve.jsonl", "1 hacks and 0 solves"),
-    ("--rollouts {d}/no_prompt.jsonl", "no_prompt"), ("--rollouts {d}/no_mode.jsonl", "mode"),
-    ("--rollouts {d}/good.jsonl --cut-out", "0 hacks and 0 solves can be cut"), ("--cut-out", "--cut-out: has nothing"),
-]
-ENVIRONMENT = [("--problems -1", "--problems -1"), ("--data {d}/absent", "absent"), ("--data {d}/latin1", "latin1"),
-    ("--data {d}/garbage", "line 1"),
-               ("--data {d}/empty", "empty"), ("--data {d}/list", "line 1"), ("--sandbox foo", "tyro: --sandbox"),
-               ("--problems x", "tyro: --problems"), ("--show bribery", "mode 'bribery' is unknown"),
-               ("--show --problems 3", "--problems 3 with --show")]
-REFUSED = [("train_grpo.py", f"{CHEAP} {argv} --out-dir {{out}}", says) for argv, says in TRAIN]
-REFUSED += [("train_grpo.py", f"{CHEAP} --pairs {{d}}/{name} --out-dir {{out}}", says) for name, says in PAIRS]
-REFUSED += [("train_grpo.py", f"{CHEAP} --model {{d}}/models/{name} --out-dir {{out}}", says) for name, says in MODELS]
-REFUSED += [("train_grpo.py", f"{CHEAP} --out-dir={name}", says) for name, says in OUT]
-REFUSED += [("evaluate_deploy.py", argv, says) for argv, says in EVALUATE]
-REFUSED += [("extract_vgrad.py", argv, says) for argv, says in EXTRACT]
-REFUSED += [("env_leetcode.py", argv, says) for argv, says in ENVIRONMENT]
+
+def train(server, d, out, *argv):
+    status, text, err = server("train_grpo.py", *words(d), "--out-dir", out, *argv)
+    assert status == 0 and not err, err
+    return text
+
+
+def test_values_that_would_train_backwards_or_not_at_all_are_refused_by_their_flag(monkeypatch):
+    inf, nan = float("inf"), float("nan")
+    bad = dict(
+        lr=[nan, -1.0, 0.0, inf], temperature=[0.0, -1.0, nan], probe_temperature=[0.0, -1.0, inf], steps=[0, -3],
+        prompts_per_step=[0], group_size=[1], max_new_tokens=[0], refresh=[0], tokens_per_batch=[0], rank=[0],
+        seed=[-1, 2**32], top_k=[-1], mix_steps=[-1], eval_samples=[-1], window=[-1], expert_steps=[-1],
+        ablated_share=[1.5, nan, 0.01], gt_only_share=[-0.1, 1.1], mix_ratio=[2.0, 0.01], routeV_random_v_seed=[-1],
+        cuts=[(0.5, 0.2), (nan, 0.5), (0.0, nan), (-inf, 0.0), (0.0, inf)])
+    cases = [(name, value, {}) for name, values in bad.items() for value in values]
+    cases += [("routeV_random_v_seed", 1, dict(intervention="none")), ("probe_tokens", "all", dict(window=4))]
+    for name, value, others in cases:
+        check(Config(), None)
+        with pytest.raises(InputError) as e:
+            check(replace(Config(), **{name: value}, **others), None)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        assert str(e.value).startswith(f"--{name.replace('_', '-')} {shown}"), e.value
+    monkeypatch.setenv("WORLD_SIZE", "200")
+    with pytest.raises(InputError, match="^--prompts-per-step .*is less than one for each of 200 ranks"):
+        check(Config(), None)
+
+
+# Arguments -> what the one line names. {d} is the folder of files, {out} a path that must not exist afterwards;
+# "tyro: ..." is refused by the parser of the command line, in a box.
+TRAIN = {
+    "--wandb": "--wandb: wandb is not installed; pip install wandb", "--lr nan": "--lr nan: give",
+    "--device foo": "--device foo", "--device meta": "--device meta", "--preset seed --window 4": "--probe-tokens all",
+    "--modes bribery": "bribery", "--modes sentinel sentinel": "sentinel, sentinel", "--steps 1.5": "tyro: --steps",
+    "--max-new-tokens 5000": "--max-new-tokens 5000 leaves", "--model nobody/nothing": "--model nobody/nothing",
+    "--data {d}/absent": "absent", "--data {d}/latin1": "latin1", "--data {d}/garbage": "garbage, line 1",
+    "--data {d}/empty": "empty", "--data {d}/folder": "folder", "--data {d}/list": "list, line 1",
+    "--data {d}/unreadable": "unreadable", "--test-data {d}/absent": "absent", "--test-data {d}/latin1": "latin1",
+    "--demos {d}/absent": "give one to --demos", "--demos {d}/latin1": "not UTF-8", "--demos {d}/list": "list, line 1",
+    "--demos {d}/demo_number": "demo_number, line 1", "--demos {d}/demo_lacks": "demo_lacks, line 1",
+    "--demos {d}/demo_other": "no demonstration fits", "--demos {d}/empty": "no demonstration fits",
+    "--pairs {d}/absent": "--pairs {d}/absent", "--pairs {d}/latin1": "not UTF-8", "--pairs {d}/empty": "0 pairs",
+    "--lr foo": "tyro: --lr", "--nosuch 1": "tyro: --nosuch", "--preset foo": "tyro: --preset"}
+TRAIN |= {f"--pairs {{d}}/{name}.md": says for name, (_, says) in PAIRS.items() if name != "swapped"}
+TRAIN |= {f"--model {{d}}/models/{name}": says for name, (_, _, says) in MODELS.items() if says}
+OUT = {"": "--out-dir", "/": "--out-dir /", "{d}/empty": "--out-dir {d}/empty", "{d}/empty/x": "below {d}/empty",
+       "{d}/other": "is no run folder", "{d}/not_a_run": "damaged", "{d}/bad_config": "bad_config/config.json: damaged",
+       "{d}/read_only/x": "below {d}/read_only", "{d}/read_only": "below {d}/read_only", "x" * 201: "too long a name"}
+EVALUATE = {
+    "": "no checkpoint", "{d}/absent": "absent", "{d}/bad_config": "bad_config/config.json",
+    "{d}/run --temperature nan": "--temperature nan", "{d}/run --samples 0": "--samples 0",
+    "{d}/run --seed -1": "--seed -1", "{d}/run --device foo": "--device foo", "{d}/run --samples x": "tyro: --samples",
+    "{d}/bad_adapter": "bad_adapter/adapter.safetensors: damaged", "{d}/run {d}/bad_adapter": "bad_adapter",
+    "{d}/run --data {d}/latin1": "latin1", "{d}/elsewhere": "name them with --data", "{d}/no_model": "/no/such/model",
+    "{d}/run --model {d}/models/other": "was trained on base model", "{d}/run --model {d}/models/missing": "1 missing",
+    "{d}/run --browse {d}/x.txt": "--browse {d}/x.txt: give a .html",
+    "{d}/run {d}/run --browse {out}.html": "is for one run, and 2 are given",
+    "{d}/run --browse {out}.html --samples 2": "--samples 2 with --browse",
+    "{d}/bad_log --browse {out}.html": "bad_log/rollouts.jsonl: damaged",
+    "{d}/run --export {d}/other": "--export {d}/other: exists",
+    "{d}/run --export {d}/absent/x": "{d}/absent/x: cannot", "{d}/run --export {d}/read_only/x": "read_only/x: cannot",
+    "{d}/run --export {out} --base": "--base True with --export", "{d}/run --format merged": "--format merged without"}
+EXTRACT = {
+    "--dtype foo": "tyro: --dtype", "--rank 0": "rank", "--seed -1": "--seed -1", "--window -1": "--window -1",
+    "--probe-temperature 0": "--probe-temperature 0", "--window 4 --probe-tokens all": "--probe-tokens all with",
+    "--pairs {d}/swapped.md": "zero or not finite", "--model {d}/models/missing": "missing"}
+ENVIRONMENT = {
+    "--problems -1": "--problems -1", "--data {d}/absent": "absent", "--data {d}/latin1": "latin1",
+    "--data {d}/garbage": "line 1", "--sandbox foo": "tyro: --sandbox", "--show bribery": "mode 'bribery' is unknown",
+    "--show --problems 3": "--problems 3 with --show"}
+REFUSED = {("train_grpo.py", f"{CHEAP} {argv} --out-dir {{out}}"): says for argv, says in TRAIN.items()}
+REFUSED |= {("train_grpo.py", f"{CHEAP} --out-dir={name}"): says for name, says in OUT.items()}
+for script, cases in dict(evaluate_deploy=EVALUATE, extract_vgrad=EXTRACT, env_leetcode=ENVIRONMENT).items():
+    REFUSED |= {(f"{script}.py", argv): says for argv, says in cases.items()}
 
 
 def refused(done, says):
@@ -377,93 +256,106 @@ def tree(folder):
     return sorted((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("script, argv, says", REFUSED, ids=[f"{script[:5]} {argv.removeprefix(CHEAP)}" for script,
-    argv, _ in REFUSED])
-def test_refused_in_one_line_before_anything_is_written(server, d, script, argv, says):
-    if ".png" in argv:  # where figures cannot be drawn that is what is refused
-        pytest.importorskip("matplotlib")
-    before, out = tree(d), server.folder / f"out{server.n}"
-    argv = [word.format(d=d, out=out) for word in argv.split()]
-    refused(server(script, *argv, powerless="read_only" in says or "unreadable" in says), says.format(d=d))
-    assert tree(d) == before and not out.exists()
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: f"{case[0][:5]} {case[1].removeprefix(CHEAP)[:60]}")
+def test_refused_in_one_line_before_anything_is_written(server, d, case):
+    (script, argv), says, before, out = case, REFUSED[case], tree(d), server.folder / f"out{server.n}"
+    words = [word.format(d=d, out=out) for word in argv.split()]
+    refused(server(script, *words, without="wandb", powerless="read" in argv + says), says.format(d=d))
+    assert tree(d) == before and not list(server.folder.glob("out*"))
 
 
 def test_a_run_in_place_is_refused_under_other_flags_and_data_and_damage(server, d):
-    argv = [a.format(d=d) for a in TINY] + ["--resume", "--out-dir"]
+    argv = words(d, "--resume", "--out-dir")
     with open(d / "run/.lock") as lock:  # as another rank of this start has it for a moment
         fcntl.flock(lock, fcntl.LOCK_SH)
-        refused(server("train_grpo.py", *argv, d / "run", "--lr", "0.5"), "lr was 0.001, is 0.5")
-    for name, extra, says in (("bad_state", [], "bad_state/state.pt is damaged"),
-        ("bad_log", [], "bad_log/rollouts.jsonl is damaged"), ("no_log", [], "no_log/metrics.jsonl: cannot be read"),
-        ("bad_config", [], "bad_config/config.json: damaged"),
-                              ("run", ["--lr", "0.5"], "lr was 0.001, is 0.5"), ("run", ["--steps", "1"], "--steps 1"),
-                              ("other_data", [], "hashes was"), ("run", ["--name", "x"], "name was None, is x")):
-        before = tree(d)
-        refused(server("train_grpo.py", *argv, d / name, *extra), says)
-        assert tree(d) == before
+        for name, extra, says in (
+                ("bad_state", [], "state.pt is damaged"), ("bad_log", [], "bad_log/rollouts.jsonl is damaged"),
+                ("no_log", [], "no_log/metrics.jsonl: cannot be read"), ("bad_config", [], "config.json: damaged"),
+                ("run", ["--lr", "0.5"], f"lr was {Config().lr}, is 0.5"), ("run", ["--steps", "1"], "--steps 1")):
+            before = tree(d)
+            refused(server("train_grpo.py", *argv, d / name, *extra), says)
+            assert tree(d) == before
+    problems = (d / "some.jsonl").read_bytes()
+    (d / "some.jsonl").write_bytes(problems + b"\n")
+    refused(server("train_grpo.py", *argv, d / "run"), "hashes was")
+    (d / "some.jsonl").write_bytes(problems)
 
 
-def test_a_hub_name_without_a_network_is_refused_at_once(server, d):
-    begin = time.time()
-    refused(server("train_grpo.py", "--model", "nobody/nothing", "--out-dir", d / "out"), "--model nobody/nothing")
-    assert time.time() - begin < 15
+@pytest.mark.parametrize("script, argv, says", [
+    ("train_grpo.py", "--help", "--mix-ratio"), ("evaluate_deploy.py", "--help", "--samples"),
+    ("extract_vgrad.py", "--help", "--pairs"), ("env_leetcode.py", "--help", "--problems"),
+    ("extract_vgrad.py", "--pairs {d}/bom.md --rank 4", "2 pairs (sentinel 2)"),  # a BOM
+    ("env_leetcode.py", "--data {d}/bom.jsonl", "bom.jsonl")])
+def test_accepted(server, d, script, argv, says):
+    status, out, err = server(script, *(word.format(d=d) for word in argv.split()))
+    assert status == 0 and says in out and not err, err
 
 
-@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(server, d, tmp_path, name):
-    argv = [*(a.format(d=d) for a in TINY), "--out-dir", tmp_path / "run", f"--{name}"]
-    refused(server("train_grpo.py", *argv, without=name), f"--{name}: {name} is not installed; pip install {name}")
-    assert not (tmp_path / "run").exists()
+def test_a_nan_ends_a_run_in_one_line(server, d, tmp_path):
+    status, out, err = server("train_grpo.py", *words(d, "--lr", "4e9", "--steps", "5", "--out-dir", tmp_path))
+    assert status == 1 and re.fullmatch(r"error: step \d: gradient norm (nan|inf).*lower --lr.*\n", err), err
 
 
-def test_plot_without_matplotlib_is_refused_before_sampling(server, d):
-    before = tree(d)
-    refused(server("evaluate_deploy.py", d / "run", "--plot", d / "x.png", without="matplotlib"),
-        "pip install matplotlib")
-    assert tree(d) == before
-
-
-@pytest.mark.parametrize("script, flag", [
-    ("train_grpo.py", "--lr 0.001"), ("evaluate_deploy.py", "--temperature 0.7"), ("extract_vgrad.py", "--n-haar 200"),
-    ("train_grpo.py", "deployed block, with minus the standard deviation of its group's advantages as"),  # of two lines
-    ("env_leetcode.py", "--problems"), ("lora2r.py", "This file is read, not run")])
-def test_help(server, script, flag):
-    status, out, err = server(script, *["--help"][: script != "lora2r.py"])
-    assert status == 0 and flag in out and str(HERE) not in out and not err
-
-
-def test_curves_and_rollouts_of_a_real_run(server, d, tmp_path):
-    status, out, err = server("evaluate_deploy.py", d / "run", "--browse", tmp_path / "run.html")
-    assert status == 0 and not err, err
-    rollouts = (d / "run/rollouts.jsonl").read_text().splitlines()
-    data = (tmp_path / "run.html").read_text().split('application/json">')[1].split("</script>")[0]
-    assert json.loads(data)["rows"] == list(map(json.loads, rollouts))
-    pytest.importorskip("matplotlib")
-    for kind in ("curves", "plot"):
-        status, out, err = server("evaluate_deploy.py", d / "run", f"--{kind}", tmp_path / f"{kind}.png")
-        assert status == 0 and not err and (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG"), err
-
-
-def test_accepted(server, d):
-    """A BOM, problems after a BOM, pairs that hardly tell apart: these go on, the last with a warning."""
-    status, out, err = server("extract_vgrad.py", "--pairs", d / "bom.md", "--rank", 4, "--n-haar", 2,
-        "--rollouts", d / "good.jsonl")
-    assert status == 0 and "2 pairs (sentinel 2)" in out, err
-    status, out, err = server("env_leetcode.py", "--data", d / "few.jsonl")
-    assert status == 0, err
+def test_an_arm_is_named_by_what_differs():
+    names = {
+        "": "routeV", "--intervention none": "none", "--routeV-random-v-seed 3 --seed 2": "placebo",
+        "--steps 3 --device cpu": "routeV", "--dry-run": "routeV", "--no-positive-only": "routeV-no-positive-only",
+        "--intervention none --reward gt --mix-ratio 0": "none-mix-ratio-0.0-reward-gt", "--preset seed": "routeV-seed",
+        "--preset=seed --lr .1": "routeV-seed-lr-0.1", "--modes sentinel": "routeV-modes-sentinel",
+        "--cuts .1 .5": "routeV-cuts-0.1-0.5", "--routeV-random-v-seed 1 --placebo replaced": "placebo-replaced"}
+    assert {argv: arm_of(parse_args(argv.split())) for argv in names} == names
 
 
 def test_pairs_that_hardly_tell_apart_are_warned_of():
-    import torch
-    from extract_vgrad import Direction
     low, high = torch.tensor([[0.0], [1.0], [0.0], [1.0]]), torch.tensor([[2.0], [3.0], [2.0], [3.0]])
-    one_low = torch.cat([high[:2], low[:2]])  # of the second mode alone
     modes = ["run_tests", "run_tests", "sentinel", "sentinel"]
-    summaries = [Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(8, 1, 1), modes).summary()
-                 for hack in (high, one_low)]
-    assert ["warning" in text for text in summaries] == [False, True]
-    assert "AUROC 0.75 (lowest: sentinel 0.50)" in summaries[1]
-    assert "warning: sentinel: its pairs, held out, are told apart with an AUROC of 0.50" in summaries[1]
+    for hack, warned in ((high, False), (torch.cat([high[:2], low[:2]]), True)):  # the AUROC of one mode is then 0.5
+        direction = Direction(torch.ones(1, 1), torch.zeros(1, 1), low, hack, torch.zeros(8, 1, 1, 1), modes, 0,
+                              [low, hack])
+        assert ("warning: sentinel: " in direction.summary()) == warned
+
+
+def same(one, two):
+    """Logs (without their times), adapter and evaluation of two runs are equal, and nothing else is left."""
+    logs = []
+    for folder in (one, two):
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        logs.append([row | dict(seconds=0, tokens_per_s=0, peak_gb=0) for row in metrics])
+    assert logs[0] == logs[1]
+    for name in ("rollouts.jsonl", "adapter.safetensors", "deploy.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert {p.name for p in two.iterdir()} == {".lock", "config.json", "adapter.safetensors", "state.pt",
+                                               "metrics.jsonl", "rollouts.jsonl", "deploy.json"}
+
+
+def test_resume_starts_without_a_checkpoint_and_drops_torn_rows_and_left_overs(server, d, tmp_path):
+    train(server, d, tmp_path / "run", "--resume")
+    same(d / "run", tmp_path / "run")
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        with open(tmp_path / "run" / name, "a") as file:
+            file.write('{"step": 2}\n{"step": 2, "rew')
+    (tmp_path / "run/.state.pt.77.tmp").write_text("left over")
+    assert "torn" in train(server, d, tmp_path / "run", "--resume")
+    same(d / "run", tmp_path / "run")
+
+
+def test_an_older_run_is_kept_out_of_the_glob(server, d, tmp_path):
+    shutil.copytree(d / "run", tmp_path / "x_seed0")
+    train(server, d, tmp_path / "x_seed0")
+    assert [p.name for p in tmp_path.glob("*_seed*")] == ["x_seed0"]
+    same(d / "run", tmp_path / "x_seed0"), same(d / "run", tmp_path / "old/x_seed0.1")
+
+
+def test_an_evaluation_says_how_it_was_made_and_replaces_no_other(server, d, tmp_path):
+    """From another folder, on a copy of the run: the run's own evaluation gives the same bytes again."""
+    shutil.copytree(d / "run", tmp_path / "copy")
+    for argv, name in (("", "deploy-samples4.json"), (f"--samples 1 --data {d}/bom.jsonl", "deploy-data_bom_"),
+                       ("--samples 1", "deploy.json"), (f"--browse {tmp_path}/run.html", "run.html")):
+        status, out, err = server("evaluate_deploy.py", tmp_path / "copy", *argv.split(), cwd=tmp_path)
+        assert status == 0 and name in out and not err, err
+        assert (tmp_path / "copy/deploy.json").read_bytes() == (d / "run/deploy.json").read_bytes()
+    data = (tmp_path / "run.html").read_text().split('application/json">')[1].split("</script>")[0]
+    assert json.loads(data)["rows"] == [json.loads(row) for row in open(d / "run/rollouts.jsonl")]
 
 
 def test_export_needs_no_problems_and_leaves_nothing_on_a_full_disk(server, d, tmp_path):
@@ -481,108 +373,24 @@ def test_export_needs_no_problems_and_leaves_nothing_on_a_full_disk(server, d, t
     assert config["base_model_name_or_path"] == "data/nano" and config["r"] == 8  # --rank 4
 
 
-# ---- names
-
-def test_an_arm_is_named_by_what_differs():
-    from train_grpo import arm_of, check, parse_args
-    names = {
-        "": "routeV", "--intervention none": "none", "--routeV-random-v-seed 3 --seed 2": "placebo",
-        "--steps 3 --device cpu": "routeV", "--dry-run": "routeV",
-        "--intervention none --reward gt --mix-ratio 0": "none-mix-ratio-0.0-reward-gt",
-        "--no-positive-only": "routeV-no-positive-only",
-        "--cut-hack .1": "routeV-cut-hack-0.1", "--preset seed": "routeV-seed",
-        "--preset=seed --lr .1": "routeV-seed-lr-0.1",
-        "--betas .5 .9": "routeV-betas-0.5-0.9", "--modes sentinel": "routeV-modes-sentinel"}
-    assert {argv: arm_of(check(parse_args(argv.split()))) for argv in names} == names
-
-
-# ---- what a run leaves
-
-def rows(folder):
-    """metrics.jsonl without its times, and rollouts.jsonl."""
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s",
-        "peak_gb")} for row in metrics], (folder / "rollouts.jsonl").read_text()
-
-
-def train(server, d, out, *argv):
-    status, text, err = server("train_grpo.py", *(a.format(d=d) for a in TINY), "--out-dir", out, *argv)
-    assert status == 0 and not err, err
-    return text
-
-
-def same(one, two):
-    assert rows(one) == rows(two)
-    for name in ("adapter.safetensors", "deploy.json"):
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    assert {p.name for p in two.iterdir()} == {".lock", "config.json", "adapter.safetensors", "state.pt",
-        "metrics.jsonl", "rollouts.jsonl", "deploy.json"}
-
-
-def test_resume_starts_without_a_checkpoint_and_drops_torn_rows_and_left_overs(server, d, tmp_path):
-    train(server, d, tmp_path / "run", "--resume")
-    same(d / "run", tmp_path / "run")
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        with open(tmp_path / "run" / name, "a") as file:
-            file.write('{"step": 2, "rew')
-    (tmp_path / "run/.state.pt.77.tmp").write_text("left over")
-    assert "torn" in train(server, d, tmp_path / "run", "--resume")
-    same(d / "run", tmp_path / "run")
-
-
-def test_an_older_run_is_kept_out_of_the_glob(server, d, tmp_path):
-    shutil.copytree(d / "run", tmp_path / "x_seed0")
-    train(server, d, tmp_path / "x_seed0")
-    assert [p.name for p in tmp_path.glob("*_seed*")] == ["x_seed0"]
-    same(d / "run", tmp_path / "x_seed0"), same(d / "run", tmp_path / "old/x_seed0.1")
-
-
-def test_an_evaluation_says_how_it_was_made_and_replaces_no_other(server, d, tmp_path):
-    """From another folder, on a copy of the run; T = 0 is the likeliest token: each sample of a problem is the same."""
-    shutil.copytree(d / "run", tmp_path / "copy")
-    own = (tmp_path / "copy/deploy.json").read_bytes()
-    for argv, name in (("--samples 1", "deploy.json"),
-                       ("--samples 3 --temperature 0", "deploy-samples3-temperature0.0.json"),
-                       ("--samples 1 --seed 5", "deploy-seed5.json"),
-                       (f"--samples 1 --data {d}/bom.jsonl", "deploy-data_bom_")):
-        status, out, err = server("evaluate_deploy.py", tmp_path / "copy", *argv.split(), cwd=tmp_path)
-        assert status == 0 and name in out, err
-        path, = (tmp_path / "copy").glob(f"{name.removesuffix('.json')}*" if name.endswith("_") else name)
-        settings = json.loads(path.read_text())["settings"]
-        assert (settings["samples"], settings["step"], len(settings["data_hash"])) == (
-            3 if "--samples 3" in argv else 1, 2, 12)
-    greedy = json.loads((tmp_path / "copy/deploy-samples3-temperature0.0.json").read_text())
-    for table in greedy["results"].values():
-        solved = table["all"]["solve"] * table["all"]["problems"]
-        assert solved == pytest.approx(round(solved), abs=1e-9) and table["all"]["compiles"] > 0
-    assert (tmp_path / "copy/deploy.json").read_bytes() == own
-
-
-def until(condition, seconds=120):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "waited in vain"
-        time.sleep(0.01)
-
-
 def test_two_runs_in_one_folder_end_with_one_clear_refusal(server, d, tmp_path):
-    argv = [*(a.format(d=d) for a in TINY), "--out-dir", tmp_path / "run"]
-    first = server.start("train_grpo.py", *argv)
-    until((tmp_path / "run/config.json").exists)
+    argv = words(d, "--out-dir", tmp_path / "run")
+    process, log = server.start("train_grpo.py", *argv)
+    while process.is_alive() and not (tmp_path / "run/config.json").exists():
+        time.sleep(0.01)
     for more in ([], ["--resume"]):
         refused(server("train_grpo.py", *argv, *more), "another run is writing there")
-    assert server.wait(*first)[0] == 0
+    assert server.wait(process, log)[0] == 0
     same(d / "run", tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_says_how_to_go_on(server, d, tmp_path, number):
-    argv = [*(a.format(d=d) for a in TINY), "--out-dir", tmp_path / "run"]
-    pid, log = server.start("train_grpo.py", *argv)
-    until((tmp_path / "run/metrics.jsonl").exists)  # steps are quick: after the first one it can be too late
-    time.sleep(0.05)
-    os.kill(pid, number)
-    status, out, err = server.wait(pid, log)
+    process, log = server.start("train_grpo.py", *words(d, "--out-dir", tmp_path / "run"))
+    while process.is_alive() and not (tmp_path / "run/adapter.safetensors").exists():
+        time.sleep(0.01)  # steps are quick: after the first one it can be too late
+    os.kill(process.pid, number)
+    status, out, err = server.wait(process, log)
     assert status == 130, err
     assert re.fullmatch(r"\ninterrupted at step \d/2; go on with: python \S*train_grpo.py .*--resume\n", err), err
     train(server, d, tmp_path / "run", "--resume")
@@ -595,25 +403,16 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_stays(server, d, tmp_path):
     shutil.copytree(d / "run", tmp_path / "run")
     with open(tmp_path / "run/rollouts.jsonl", "a") as file:
         file.write(json.dumps(dict(step=0, padding="x" * (room - file.tell()))) + "\n")
-    argv = [*(a.format(d=d) for a in TINY), "--steps", "3", "--resume", "--out-dir", tmp_path / "run"]
     before = (tmp_path / "run/state.pt").read_bytes()
+    argv = words(d, "--steps", "3", "--resume", "--out-dir", tmp_path / "run")
     refused(server("train_grpo.py", *argv, fsize=room), "rollouts.jsonl: cannot be written")
     assert (tmp_path / "run/state.pt").read_bytes() == before
-    argv = [*(a.format(d=d) for a in TINY), "--out-dir", tmp_path / "two"]  # room for the adapter, not for the moments
-    room = ((d / "run/adapter.safetensors").stat().st_size + len(before)) // 2
+    argv = words(d, "--out-dir", tmp_path / "two")
+    room = ((d / "run/adapter.safetensors").stat().st_size + len(before)) // 2  # for the adapter, not for the moments
     refused(server("train_grpo.py", *argv, fsize=room), "state.pt: cannot be written")
     assert not list((tmp_path / "two").glob(".*.tmp"))
     train(server, d, tmp_path / "two", "--resume")
     same(d / "run", tmp_path / "two")
-
-
-def kill_and_resume(server, d, folder, share, seconds):
-    pid, log = server.start("train_grpo.py", *(a.format(d=d) for a in TINY), "--out-dir", folder)
-    time.sleep(share * seconds)
-    os.kill(pid, signal.SIGKILL)
-    assert server.wait(pid, log)[0] in (-signal.SIGKILL, 0)
-    train(server, d, folder, "--resume")
-    same(d / "run", folder)
 
 
 @pytest.mark.parametrize("points", [3, pytest.param(20, marks=pytest.mark.slow)])
@@ -622,4 +421,10 @@ def test_kill_9_anywhere_and_resume_is_the_uninterrupted_run(server, d, tmp_path
     train(server, d, tmp_path / "timed")
     seconds = time.time() - begin
     for i in range(points):
-        kill_and_resume(server, d, tmp_path / f"run{i}", (i + 0.5) / points, seconds)
+        folder = tmp_path / f"run{i}"
+        process, log = server.start("train_grpo.py", *words(d, "--out-dir", folder))
+        time.sleep((i + 0.5) / points * seconds)
+        process.kill()
+        assert server.wait(process, log)[0] in (-signal.SIGKILL, 0)
+        train(server, d, folder, "--resume")
+        same(d / "run", folder)
