@@ -89,7 +89,8 @@ def test_logits_in_chunks_change_nothing(nano, monkeypatch):
     whole, rows = both(), []
     monkeypatch.setattr("lora2r.LOGITS", 7 * model.config.vocab_size)
     hook = model.get_output_embeddings().register_forward_hook(lambda head, x, y: rows.append(len(y)))
-    torch.testing.assert_close(both(), whole, rtol=1e-4, atol=1e-4)
+    for chunked, at_once in zip(both(), whole, strict=True):  # entries near 0 are rounding, so each tensor as a whole
+        assert (chunked - at_once).norm() <= 1e-5 * at_once.norm()
     hook.remove()
     assert max(rows) == 7 and sum(rows) == 2 * mask.sum() == 60
 
