@@ -181,10 +181,8 @@ TABLES = {  # name -> arguments of of_runs, or a function
         "exploit; exploit, held-out markers"),
     "readers": ("base", [
         *[(base, (of, *arms), *[(of, arm) for arm in arms]) for base, of, arms in [
-            *[(base, base, ("routeV", "hidden-states")) for base in (*NINE, "nano-2", "chat", "nano-2001")],
-            ("nano", "nano", ("routeV", "hidden states")), ("wordy", "wordy", ("routeV", "hidden states")),
-            ("wordy-2", "variants/wordy-2", ("routeV, present cut", "hidden-states, present cut")),
-            ("mean of the first nine", NINE, ("routeV", "hidden-states"))]]],
+            *[(base, base, ("routeV", "hidden-states")) for base in ("nano-2", "wordy-2", *NINE, "chat", "nano-2001")],
+            ("nano-3 to wordy-8", NINE, ("routeV", "hidden-states"))]]],
         "exploit", "difference; gradient; hidden states"),
     "wordy-2": ("arm", [
         *[(label, ("wordy-2", arm)) for label, arm in [("no routing", "none"), ("random direction", "placebo"), (
