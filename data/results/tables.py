@@ -54,8 +54,8 @@ def load(name: str) -> pd.DataFrame:
             setting, markers = key.split(", ")
             for mode, shares in modes.items():
                 honest = shares.get("honest_solve", shares["solve"] + shares["hack"] - shares["exploit"])
-                lines.append([name, row["arm"], row["seed"], setting, markers, mode, *[
-                    100 * share for share in (shares["exploit"], shares["solve"], shares["hack"], honest)]])
+                percent = [100 * share for share in (shares["exploit"], shares["solve"], shares["hack"], honest)]
+                lines.append([name, row["arm"], row["seed"], setting, markers, mode, *percent])
     return pd.DataFrame(lines, columns="base arm seed setting markers mode exploit solve hack honest_solve".split())
 
 
@@ -95,7 +95,8 @@ def of_runs(head: str, lines: list[tuple], columns: str, heads: str = "") -> Tab
     `columns` of every run, which `heads` may rename. "highest" and a column: of its values the highest."""
     table = [[*head.split("; "), "n", *(heads or columns).split("; ")]]
     for line in lines:
-        labels, runs = [x for x in line if isinstance(x, str)], [x for x in line if not isinstance(x, str)]
+        labels = [part for part in line if isinstance(part, str)]
+        runs = line[len(labels):]
         cells = [str(len(units(values_of(runs[0]))))]
         for run, column in product(runs, columns.split("; ")):
             values = values_of(run, **COLUMNS[column.removeprefix("highest ")])
@@ -144,14 +145,14 @@ TABLES = {  # name -> arguments of of_runs, or a function
         ("1e-4, validation, 40", "routeV", (REAL, "routeV, cut by pairs held out")),
         ("1e-4, validation, 41", "routeV", (REAL, "routeV")),
         *[("1e-4, test, 50 or 51", *line) for line in arms_of(f"{REAL}-gpu")],
+        ("1e-4, test, 50", "routeV, window 5", (f"{REAL}-gpu", "fives")),
         ("3e-5, validation, 60", "no routing", (REAL, "none, lr 3e-5")),
         ("3e-5, validation, 60", "routeV", (REAL, "routeV, lr 3e-5"))], "exploit; honest solve <=; solve"),
     "bases": ("kind; arm (*: no absorption)", [
         (kind, WORLD[arm], (KINDS[kind], arm)) for kind, arm in product(KINDS, WORLD)],
         "exploit; highest exploit; honest solve <="),
     "worlds": ("base", [
-        (base, *[(base, arm) for arm in WORLD]) for base in NINE],
-        "exploit", "; ".join(WORLD.values())),
+        (base, *[(base, arm) for arm in WORLD]) for base in NINE], "exploit", "; ".join(WORLD.values())),
     "decision": ("arm (*: no absorption)", [
         (label, ("nano-3", arm), ("wordy-3", arm)) for arm, label in DECISION.items()],
         "exploit; honest solve <=", "nano-3: exploit; honest solve <=; wordy-3: exploit; honest solve <="),
@@ -164,8 +165,8 @@ TABLES = {  # name -> arguments of of_runs, or a function
             ("the gate's", "route - drop, neither absorbs", "routeV", "screen")]
         for base in ("nano-2", "nano-3", "wordy-3")], "exploit; honest solve <="),
     "placebos": ("random direction; base", [
-        *[("label counts of v_grad's", base, (base, "placebo")) for base in ("nano-2", "nano-3", "wordy-3", "chat")],
-        *[("fixed share flagged", base, (base, "fixed-share")) for base in ("nano-5", "wordy-8", "nano-2001")]],
+        *[("matched counts", base, (base, "placebo")) for base in ("nano-2", "nano-3", "wordy-3", "chat")],
+        *[("fixed share", base, (base, "fixed-share")) for base in ("nano-5", "wordy-8", "nano-2001")]],
         "exploit; highest exploit; honest solve <="),
     "two-modes": ("base (*: no absorption)", [
         ("nano *", ("nano", "routeV")), ("nano-2 *", ("nano-2", "routeV")),
@@ -180,17 +181,17 @@ TABLES = {  # name -> arguments of of_runs, or a function
             *product(("chat", "nano-2001"), ("none", "placebo", "routeV", "ceiling"))]],
         "exploit; exploit, held-out markers"),
     "readers": ("base", [
-        *[(base, (of, *arms), *[(of, arm) for arm in arms]) for base, of, arms in [
-            *[(base, base, ("routeV", "hidden-states")) for base in ("nano-2", "wordy-2", *NINE, "chat", "nano-2001")],
-            ("nano-3 to wordy-8", NINE, ("routeV", "hidden-states"))]]],
+        (label, (of, "routeV", "hidden-states"), (of, "routeV"), (of, "hidden-states")) for label, of in [
+            ("nano-2", "nano-2"), ("wordy-2", "wordy-2"), *zip(NINE, NINE), ("chat", "chat"),
+            ("nano-2001", "nano-2001"), ("nano-3 to wordy-8", NINE)]],
         "exploit", "difference; gradient; hidden states"),
     "wordy-2": ("arm", [
-        *[(label, ("wordy-2", arm)) for label, arm in [("no routing", "none"), ("random direction", "placebo"), (
-            "ceiling", "ceiling"), ("hidden states", "hidden-states"), ("gradient, as written down", "routeV")]],
+        ("no routing", ("wordy-2", "none")), ("random direction", ("wordy-2", "placebo")),
+        ("hidden states", ("wordy-2", "hidden-states")), ("gradient, as written down", ("wordy-2", "routeV")),
         ("gradient, each pair normalised (afterwards)", ("variants/wordy-2", "routeV, each pair one say")),
         ("the same with the later cut (afterwards)", ("variants/wordy-2", "routeV, present cut")),
-        ("hidden states with the later cut (afterwards)", ("variants/wordy-2", "hidden-states, present cut"))],
-        "exploit; honest solve <="),
+        ("hidden states with the later cut (afterwards)", ("variants/wordy-2", "hidden-states, present cut")),
+        ("ceiling", ("wordy-2", "ceiling"))], "exploit; honest solve <="),
     "breaks": ("made worse", [
         (text, *[("variants/breaks", reader + suffix) for reader in ("gradient", "activation")])
         for suffix, text in WORSE.items()], "exploit; highest exploit; honest solve <=",
@@ -224,9 +225,10 @@ TABLES = {  # name -> arguments of of_runs, or a function
 
 def nano_seeds() -> Table:
     """The embedded world, seed by seed."""
-    by_seed = pd.DataFrame({f"{rate.replace('_', ' ')}: {arm}": rates("nano-2001", arm, rate) for rate, arm in [
-        *product(["exploit"], ("none", "routeV", "ceiling")), *product(["honest_solve"], ("routeV", "ceiling"))]})
-    return [["seed", *by_seed], *[[str(seed), *map("{:.1f}".format, line)] for (_, seed), line in by_seed.iterrows()]]
+    which = [*product(["exploit"], ("none", "routeV", "ceiling")), *product(["honest_solve"], ("routeV", "ceiling"))]
+    columns = {f"{rate.replace('_', ' ')}: {arm}": rates("nano-2001", arm, rate) for rate, arm in which}
+    lines = [[str(seed), *map("{:.1f}".format, line)] for (_, seed), line in pd.DataFrame(columns).iterrows()]
+    return [["seed", *columns], *lines]
 
 
 HYPOTHESES = (  # of the second decision: arm minus other arm, by the rate that was written down
