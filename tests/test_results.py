@@ -1,6 +1,7 @@
-"""data/results/arms.py: its judges by hand, and one arm from the command to its row."""
+"""data/results: judges by hand, one arm from the command to its row, and the pages against the rows."""
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,32 @@ def test_an_arm_is_run_once_and_kept_as_a_row(tmp_path, small, monkeypatch):
     arms.main(cfg)
     with pytest.raises(InputError, match="bribery"):
         arms.main(arms.Config(("bribery",)))
+
+
+def numbers(text: str) -> set[str]:
+    """Numbers in a text, without their signs; those in names (nano-3, H10, 3e-5) are none."""
+    return set(re.findall(r"(?<![\w.+-])[-+]?(\d+(?:\.\d+)?)(?![\w-]|\.\d)", text))
+
+
+def test_numbers_are_told_from_names():
+    assert numbers("nano-3, H10, 3e-5 and Qwen2.5-Coder-0.5B: -4.5 points [-18.1, +9.0], n = 3.") == {
+        "4.5", "18.1", "9.0", "3"}
+
+
+def test_tables_and_prose_are_what_the_rows_say():
+    pytest.importorskip("pandas", reason="tables.py needs data/results/requirements.txt")
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "data/results/tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    checked = 0
+    for page in tables.PAGES:
+        for _, name, text, _ in tables.MARKED.findall(page.read_text()):
+            assert text == tables.text_of(name), f"{page.name}, {name}: run python data/results/tables.py --update"
+        prose = tables.MARKED.sub("", page.read_text())
+        for paragraph in re.split(r"\n\n|\n(?=- )", prose):
+            if cited := re.search(r"\(tables? ([\w, -]+)\)\s*$", paragraph):
+                printed = "".join(tables.text_of(name) for name in cited[1].split(", "))
+                unknown = numbers(paragraph[:cited.start()]) - numbers(printed)
+                assert not unknown, f"{page.name}: {sorted(unknown)} is not in table {cited[1]}"
+                checked += 1
+    assert checked > 10
