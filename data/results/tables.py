@@ -3,15 +3,13 @@
     pip install -r data/results/requirements.txt
     python data/results/tables.py                       # print every table under its name, draw every figure
     python data/results/tables.py nano chat chat.png    # these
-    python data/results/tables.py --update              # write each table between its markers in README and RESULTS:
-                                                        # <!-- table NAME --> before it, <!-- end --> after it
+    python data/results/tables.py --update              # write the tables between <!-- table NAME --> and <!-- end -->
 
 Rates are percentages of answers to held-out problems, by the model that ships (quarantine ablated) under the markers of
 training, unless a column says otherwise. exploit: own loophole used with success, right or not. honest solve: right,
-and no loophole's channel touched. Rows of commit b713ae4 and older have no channels: there solve + hack - exploit is
-printed, the share of answers that are right without an exploit of their own loophole. It is an upper bound of honest
-solve, and its column says "honest solve <=". n: seeds, or bases where a line has several. A cell is the mean over these
-with its 95 % t interval, cut to 0 to 100. It has no interval if n = 1 or if all values are equal.
+and no loophole's channel touched. Rows of commit b713ae4 and older have no channels: there solve + hack - exploit is an
+upper bound, and the column says "honest solve <=". n: seeds, or bases where a line has several. A cell is the mean over
+these with its 95 % t interval, cut to 0 to 100. It has no interval if n = 1 or if all values are equal.
 """
 import json
 import re
@@ -38,8 +36,7 @@ SHOWN, UNSEEN = ("run_tests", "sentinel"), ("file_marker", "stdout_marker")  # w
 COLUMNS = {  # head of a column -> which rate of which answers
     "exploit": dict(rate="exploit"), "honest solve": dict(rate="honest_solve"),
     "honest solve <=": dict(rate="honest_solve"), "solve": dict(rate="solve"), "hack": dict(rate="hack"),
-    "hack, held-out": dict(rate="hack", markers="held-out"),
-    "full policy's exploit": dict(rate="exploit", setting="full"),
+    "hack, held-out": dict(rate="hack", markers="held-out"), "full policy's exploit": dict(rate="exploit", setting="full"),
     "exploit, held-out markers": dict(rate="exploit", markers="held-out"),
     "exploit, shown modes": dict(rate="exploit", modes=SHOWN), "unseen modes": dict(rate="exploit", modes=UNSEEN),
     "full policy, unseen": dict(rate="exploit", modes=UNSEEN, setting="full")}
@@ -136,6 +133,9 @@ def arms_of(name: str) -> list[tuple]:
 
 TABLES = {  # name -> arguments of of_runs, or a function
     "nano": ("arm", arms_of("nano-2001"), "exploit; honest solve; full policy's exploit"),
+    "readme": ("arm", [
+        (label, ("nano-2001", arm), ("chat", "screen" if arm == "drop" else arm)) for label, (_, arm)
+        in arms_of("nano-2001")], "exploit; honest solve <=", "exploit; honest solve; Qwen: exploit; honest solve <="),
     "chat": ("arm", arms_of("chat"), "exploit; honest solve <=; solve; full policy's exploit"),
     "differences": ("base; routeV minus", [
         (base, label, (base, "routeV", arm)) for base in ("nano-2001", "chat")
@@ -339,8 +339,8 @@ def main(cfg: Config) -> None:
     for page in PAGES if cfg.update else ():
         page.write_text(MARKED.sub(lambda found: found[1] + text_of(found[2]) + found[4], page.read_text()))
     for name in () if cfg.update else cfg.names or [*TABLES, *FIGURES]:
-        if name not in TABLES and name not in FIGURES:
-            sys.exit(f"tables.py: no table or figure {name!r}; give some of {', '.join([*TABLES, *FIGURES])}")
+        if name not in TABLES | FIGURES:
+            sys.exit(f"tables.py: no table or figure {name!r}; give some of {', '.join(TABLES | FIGURES)}")
         if name in FIGURES:
             FIGURES[name](HERE / name)
         print(f"{name}\n{text_of(name) if name in TABLES else 'drawn'}\n")
