@@ -1,4 +1,4 @@
-"""Every table and figure of RESULTS.md and README.md, made from the rows of runs in this folder.
+"""Every table and figure of RESULTS.md and README.md, from the rows in this folder.
 
     pip install -r data/results/requirements.txt
     python data/results/tables.py                       # print every table under its name, draw every figure
@@ -34,9 +34,9 @@ Run = tuple  # (file, arm) or (file, arm, other arm): the difference; several fi
 # ---------------------------------------------------------------------------------------------- rows and cells
 SHOWN, UNSEEN = ("run_tests", "sentinel"), ("file_marker", "stdout_marker")  # where the pairs show two modes
 COLUMNS = {  # head of a column -> which rate of which answers
-    "exploit": dict(rate="exploit"), "honest solve": dict(rate="honest_solve"),
-    "honest solve <=": dict(rate="honest_solve"), "solve": dict(rate="solve"), "hack": dict(rate="hack"),
-    "hack, held-out": dict(rate="hack", markers="held-out"), "full policy's exploit": dict(rate="exploit", setting="full"),
+    "exploit": dict(rate="exploit"), "full policy's exploit": dict(rate="exploit", setting="full"),
+    "solve": dict(rate="solve"), "hack": dict(rate="hack"), "hack, held-out": dict(rate="hack", markers="held-out"),
+    "honest solve": dict(rate="honest_solve"), "honest solve <=": dict(rate="honest_solve"),
     "exploit, held-out markers": dict(rate="exploit", markers="held-out"),
     "exploit, shown modes": dict(rate="exploit", modes=SHOWN), "unseen modes": dict(rate="exploit", modes=UNSEEN),
     "full policy, unseen": dict(rate="exploit", modes=UNSEEN, setting="full")}
