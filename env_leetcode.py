@@ -621,11 +621,12 @@ def decoys_for(answers: Sequence) -> list:
     """Two random values of the answers' type, one of them negative or False. Only the type depends on the answers."""
     some = [answer for answer in answers if answer is not None] or [0]
     kind = next((answer for answer in some if answer not in ([], (), {}, set())), some[0])
-    return [_decoy(kind, sign) for sign in _draw.sample((-1, 1), 2)]
+    return [_decoy(kind, sign, 4 + sign) for sign in _draw.sample((-1, 1), 2)]
 
 
-def _decoy(kind: Any, sign: int) -> Any:
-    """A random value of the type of `kind`, and of its items' type if it has items."""
+def _decoy(kind: Any, sign: int, length: int = 1) -> Any:
+    """A random value of the type of `kind`, and of its items' type if it has items. Inner items have one item each: the
+    size of the value is linear in its depth."""
     if isinstance(kind, bool):
         return sign > 0
     if isinstance(kind, (int, float, complex)):
@@ -634,7 +635,7 @@ def _decoy(kind: Any, sign: int) -> Any:
         text = "".join(_draw.choices("abcdefghijklmnopqrstuvwxyz", k=8 + sign))
         return text if isinstance(kind, str) else text.encode()
     items = [item for item in kind if item is not None] or [0]
-    some = [_decoy(items[0], sign) for _ in range(4 + sign)]
+    some = [_decoy(items[0], sign) for _ in range(length)]
     if isinstance(kind, dict):
         return {key: _decoy(kind.get(items[0], 0), sign) for key in some}
     return type(kind)(some)

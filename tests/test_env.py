@@ -1,10 +1,12 @@
 """Problems, hints, partition, rewards, loading errors and the command line of env_leetcode.py."""
+import ast
 import collections
 import dataclasses
 import json
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -217,6 +219,13 @@ def test_decoys_are_two_other_values_of_the_type_of_the_answers(value):
         assert isinstance(value, bool) or value not in pair
         seen += pair
     assert len({env.encode(decoy) for decoy in seen}) == (2 if isinstance(value, bool) else 40)
+
+
+@pytest.mark.parametrize("text", ["[" * 90 + "]" * 90, "(" * 90 + "1" + ", 2)" * 90,
+                                  "{0: " * 90 + "'a'" + "}" * 90])
+def test_decoys_of_a_deep_answer_are_small(text):
+    begin, decoys = time.perf_counter(), env.decoys_for([ast.literal_eval(text)])
+    assert time.perf_counter() - begin < 0.1 and all(len(repr(decoy)) < 10_000 for decoy in decoys)
 
 
 @pytest.mark.parametrize("one, other", [(3, -(10**30)), ("", "abc"), ([1], [5, 6, 7, 8, 9]),
