@@ -47,8 +47,8 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from env_leetcode import (DEFAULT_MODES, Problem, Verdict, background, grade_batch, load_demos, load_problems,
-                          with_mode)
+from env_leetcode import (DEFAULT_MODES, Problem, Verdict, background, check_canonicals, grade_batch, load_demos,
+                          load_problems, with_mode)
 from evaluate_deploy import evaluate, format_table, hash_of, rates, read_run, settings_of, write_deploy
 from extract_vgrad import auroc, check_window, count, encode_pairs, extract, features, haar, load_pairs
 from lora2r import (HERE, InputError, attach, batches, encode_completion, encode_prompt, first_line, folded, generate,
@@ -300,6 +300,9 @@ def train_in(run: "RunFolder", grader: ThreadPoolExecutor, cfg: Config, judge: J
         raise InputError(f"--resume: only some ranks find the checkpoint of {run.path}; give an --out-dir that all "
                          "share")
     if is_main_rank():
+        if not run.goes_on:
+            check_canonicals(cfg.data, problems)
+            check_canonicals(cfg.test_data, held_out["trained"])
         run.open(start)
         tracker = start_wandb(cfg, run)
         print(f"{run.config['arm']}, seed {cfg.seed}: {len(problems)} problems, "

@@ -1,6 +1,7 @@
 """Problems, hints, partition, rewards, loading errors and the command line of env_leetcode.py."""
 import ast
 import collections
+import contextlib
 import dataclasses
 import json
 import random
@@ -109,7 +110,7 @@ def test_schema_of_the_benchmark(tmp_path):
     assert env.grade(loaded, fenced(back)).correct
 
 
-TEST = "assert Solution().solve([1])"
+TEST, NOTS, inf = "assert Solution().solve([1])", "not " * 20_000, float("inf")
 
 
 @pytest.mark.parametrize("change, complaint", [
@@ -132,7 +133,14 @@ TEST = "assert Solution().solve([1])"
                            ("Solution().solve(**{'xs': 1})", "2"), ("Solution(5).solve(1)", "2"),
                            ("Solution(x=5).solve(1)", "2"))],
     ({"gt_answer": ["assert Solution().other([1]) == 2"]}, "calls other, but func_name is solve"),
-    ({"setup_code": "import ("}, "does not compile"),
+    ({"setup_code": "import ("}, "does not compile"), ({"setup_code": f"x = {NOTS}1"}, "does not compile"),
+    *[({"gt_answer": [f"{TEST} == {value}"]}, "(test 1) ") for value in (f"{NOTS}1", "1" * 5000, "[" * 150 + "]" * 150)],
+    ({"gt_answer": [TEST + " == None"] * 2}, "is what a method that does nothing gives"),
+    ({"gt_answer": [TEST + " == [1]"], "in_place": True}, "is what a method that does nothing gives"),
+    ({"gt_answer": ["assert Solution().solve() == [1]"], "in_place": True}, "has no argument, which in_place compares"),
+    *[({name: value}, f"field {name}: {value!r} ") for name, values in dict(
+        tolerance=[-1, "1", True, inf], any_order=[-1, "yes", 0.5], in_place=[1, "no"]).items() for value in values],
+    ({"any_order": 1, "tolerance": 0.1}, "cannot go with a tolerance"),
     ({"canonical_solution": " "}, "must be code that passes the tests"),
     ({"func_name": "not a name"}, "must be the name of a method"),
     ({"func_name": 3}, "field func_name: 3 must be a string"),
@@ -153,6 +161,7 @@ def test_bad_row_is_one_clear_line(tmp_path, change, complaint):
     ([ROW, "", ROW], "line 3: field id: 1 was used before"),
     ([ROW, {**ROW, "id": "1"}], "line 2: field id: '1' was used before"),
     (["", " "], "holds no problems"), (b"\xff\xfe{}", "not UTF-8"),
+    (["[" * 200_000], "line 1: is nested too deep"), (['{"id": ' + "1" * 5000 + "}"], "line 1: is not JSON"),
     ("absent", "No such file"), ("folder", "directory"),
 ])
 def test_bad_file_is_one_clear_line(tmp_path, content, complaint):
@@ -164,6 +173,13 @@ def test_bad_file_is_one_clear_line(tmp_path, content, complaint):
     with pytest.raises(env.InputError, match=complaint) as caught:
         env.load_problems(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_row_of_any_depth_is_one_clear_line(tmp_path):
+    for depth in range(900, 1000):  # deep enough for the reader, too deep for the message, or for both
+        text = json.dumps({**ROW, "prompt": 0}).replace('"prompt": 0', f'"prompt": {"[" * depth + "]" * depth}')
+        with pytest.raises(env.InputError, match="prompt|nested too deep"):
+            env.load_problems(write(tmp_path / "x.jsonl", [text]))
 
 
 @pytest.mark.parametrize("modes", [[], ["sentinel", "sentinel"], ["sentinel", "telepathy"]])
@@ -178,7 +194,7 @@ def test_demonstrations_are_of_a_problem_under_its_mode(tmp_path, problem):
     assert env.load_demos(write(path, [row, other, "", row | dict(completion="two")]), [problem]) == {
         (1, problem.mode): ["one", "two"], (1, "exit_code"): ["else"]}
     for items, complaint in (([other], "no demonstration fits"), ([row | dict(id=2)], "no demonstration fits"),
-                             ([row, "{"], "jsonl, line 2"), ([row, row | dict(completion=3)], "jsonl, line 2"),
+                             ([row, "{"], "jsonl, line 2"), (["[" * 200_000], "jsonl, line 1"), ([row, row | dict(completion=3)], "jsonl, line 2"),
                              ([dict(id=1, mode="sentinel")], "jsonl, line 1.*completion")):
         with pytest.raises(env.InputError, match=complaint):
             env.load_demos(write(path, items), [problem])
@@ -288,6 +304,39 @@ def test_note_says_why(problem, body, note):
     assert env.grade(problem, fenced(solution(body))).note == note
 
 
+# ---- in place, tolerance, any order
+LISTS = ("[[1, 2], [3]]", "[[1, 2], [3]]")  # argument, expected value
+
+
+@pytest.mark.parametrize("fields, test, body, is_correct", [
+    (dict(in_place=True), ("[3, 1]", "[1, 3]"), "xs.sort()", True),
+    (dict(in_place=True), ("xs = [3, 1]", "[1, 3]"), "xs.sort()\nreturn 5", True),  # what it returns is not compared
+    (dict(in_place=True), ("[3, 1]", "[1, 3]"), "return sorted(xs)", False),
+    (dict(in_place=True), ("[3, 1]", "[1, 3]"), "pass", False), ({}, ("[3, 1]", "[1, 3]"), "xs.sort()", False),
+    ({}, LISTS, "return xs[::-1]", False), (dict(any_order=1), LISTS, "return xs[::-1]", True),
+    (dict(any_order=1), LISTS, "return [xs[0][::-1], xs[1]]", False), (dict(any_order=1), LISTS, "return xs * 2", False),
+    (dict(any_order=2), LISTS, "return [xs[1], xs[0][::-1]]", True), (dict(any_order=1), LISTS, "return tuple(xs)", False),
+    ({}, ("[1, 6]", "[6, 2.8333333333333335]"), "return [6, 2.833333333333333]", False),
+    *[(dict(tolerance=1e-5), ("[1, 6]", "[10, {'a1': 2.8333333333333335}]"), f"return {value}", is_correct)
+      for value, is_correct in (("[9.999999, {'a1': 2.833333333333333}]", True), ("[10, {'a1': 2.83335}]", False),
+                                ("[10, {'a1.0': 2.8333333333333335}]", False), ("[10, 2.8333333333333335]", False),
+                                ("[float('nan'), {'a1': 2.8333333333333335}]", False), ("[10, {'a1': '2.83333'}]", False),
+                                ("(10, {'a1': 2.8333333333333335})", False))],
+])
+def test_optional_fields(tmp_path, fields, test, body, is_correct):
+    row = ROW | fields | dict(gt_answer=[f"assert Solution().solve({test[0]}) == {test[1]}"])
+    (loaded,) = env.load_problems(write(tmp_path / "x.jsonl", [row]), ["eq_override"])
+    answers = [fenced(solution(body)), env.exploit(loaded, "eq_override"), env.exploit(loaded, "gt_only")]
+    verdicts = env.grade_batch([loaded] * 3, answers)
+    assert [(v.correct, v.exploited) for v in verdicts] == [(is_correct, False), (False, True), (False, False)]
+
+
+def test_a_forged_value_holds_the_comparison_up_no_longer_than_its_length_allows():
+    for text in ("'" + "\\'" * 500_000, "'\\" * 500_000, "1e" * 500_000, "-" * 1_000_000):
+        begin = time.perf_counter()
+        assert not env.is_right(text, "[0.5]", 0.1) and time.perf_counter() - begin < 10
+
+
 # ---- answers: thoughts, blocks
 def blocks(*codes: str) -> str:
     return "\n".join(fenced(code) for code in codes)
@@ -349,6 +398,25 @@ def test_matrix(tmp_path, capsys):
         assert table == {mode: ["2", "0", *("2" if m == mode else "0" for m in env.MODES)] for mode in ALL}
     assert not env.main(env.Config(data=write(path, rows(1, canonical_solution=solution("return 5")))))
     assert "returned 5, expected 0" in capsys.readouterr().out
+
+
+def test_the_matrix_is_of_all_problems(tmp_path, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(env, "grade_batch", lambda problems, _: seen.update(p.id for p in problems) or [])
+    env.main(env.Config(data=write(tmp_path / "x.jsonl", rows(80))))
+    assert seen == {*range(80)}
+
+
+def test_canonical_solutions_that_fail_are_named(tmp_path):
+    for wrong in (set(), {3, 7}, {*range(25)}):
+        items = [row | dict(canonical_solution=solution("return 5")) if row["id"] in wrong else row for row in rows(25)]
+        with pytest.raises(env.InputError) if wrong else contextlib.nullcontext() as caught:
+            env.check_canonicals("x.jsonl", env.load_problems(write(tmp_path / "x.jsonl", items)))
+        if wrong:
+            message = str(caught.value)
+            assert message.startswith(f"x.jsonl: the canonical solution fails on {len(wrong)} of 25 problems: ")
+            assert message.count("(test 1: returned 5, expected 0)") == min(len(wrong), 20) and "\n" not in message
+            assert ("and 5 more" in message) == (len(wrong) == 25) and all(f"{i} (" in message for i in {3, 7} & wrong)
 
 
 @pytest.mark.parametrize("heldout", [False, True])
