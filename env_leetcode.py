@@ -66,7 +66,7 @@ if not IS_ZYGOTE:  # the fewer modules a zygote has loaded, the faster it forks;
 
     import tyro
 
-    from lora2r import InputError, bar, run_script
+    from lora2r import InputError, run_script
 
     _thread = threading.local()  # .cores: the semaphore of the batch that a thread works for
 
@@ -234,19 +234,20 @@ def load_problems(path: str | Path, modes: Sequence[str] = DEFAULT_MODES, seed: 
 
 def check_canonicals(path: str | Path, problems: Sequence[Problem]) -> None:
     """Grade the canonical solution of each problem of a file. InputError names the problems where it is not correct."""
-    with bar(problems, "canonical solutions") as progress:
+    from lora2r import bar
 
-        def graded(problem: Problem) -> Verdict:
-            verdict = grade(with_mode(problem, "gt_only"), canonical(problem))
-            progress.update()
-            return verdict
+    progress = bar(problems, "canonical solutions")
 
-        verdicts = in_turns(graded, problems)
+    def graded(problem: Problem) -> Verdict:
+        progress.update()
+        return grade(with_mode(problem, "gt_only"), canonical(problem))
+
+    verdicts = in_turns(graded, problems)
+    progress.close()
     failed = [f"{p.id} ({v.note})" for p, v in zip(problems, verdicts) if not v.correct]
     if failed:
-        more = f" and {len(failed) - 20} more" if len(failed) > 20 else ""
         raise InputError(f"{path}: the canonical solution fails on {len(failed)} of {len(problems)} problems: "
-                         f"{', '.join(failed[:20])}{more}; repair or remove them")
+                         f"{', '.join(failed[:20])}; repair or remove all of these")
 
 
 def load_demos(path: str | Path, problems: Sequence[Problem]) -> dict[tuple, list[str]]:
@@ -326,8 +327,8 @@ def _parse_row(line: str, where: str) -> Problem:
             tests.append(parse_test(str(source), method, in_place, any_order))
         except ValueError as error:
             need(False, "gt_answer", f"(test {i}) {error}; change or remove this test", source)
-    need(not all(test.void for test in tests), "gt_answer", "is what a method that does nothing gives, every time; give "
-         "\"in_place\": true to compare the first argument after the call, or remove this problem")
+    need(not all(test.void for test in tests), "gt_answer", "is what a method that does nothing gives, every time; "
+         "remove it, or give \"in_place\": true to compare the first argument after the call")
     return Problem(row["id"], prompt, tuple(tests), row["setup_code"], row["canonical_solution"], method,
                    family=row["family"], wrong=tuple(wrong), tolerance=float(tolerance))
 
@@ -443,22 +444,23 @@ def grade(problem: Problem, completion: str) -> Verdict:
     return Verdict(run.compiles, correct, exploited, touched, _note(problem, run))
 
 
-_NUMBER = re.compile(r"""('(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z)|-?\d[\w.]*(?:(?<=e)[-+]\d+)?)""", re.S)
+# a string or a number in the text of a value
+_ATOM = re.compile(r"""('(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z)|-?\d[\w.]*(?:(?<=e)[-+]\d+)?)""", re.S)
 
 
 def is_right(text: str, expected: str, tolerance: float) -> bool:
-    """Are the texts of two values equal, up to numbers that differ by no more than `tolerance` (or one part in 10^9)?"""
+    """Are the texts of two values equal, up to numbers that differ by at most `tolerance` (or one part in 10^9)?"""
+
+    def close(part: str, due: str) -> bool:
+        try:
+            return part == due or math.isclose(float(part), float(due), abs_tol=tolerance)
+        except ValueError:  # not two numbers
+            return False
+
     if text == expected or not tolerance:
         return text == expected
-    parts, due = _NUMBER.split(text), _NUMBER.split(expected)  # what is between numbers and strings, and these
-    return len(parts) == len(due) and all(a == b or _close(a, b, tolerance) for a, b in zip(parts, due))
-
-
-def _close(number: str, expected: str, tolerance: float) -> bool:
-    try:
-        return math.isclose(float(number), float(expected), abs_tol=tolerance)
-    except ValueError:  # a string or a bracket
-        return False
+    parts, due = _ATOM.split(text), _ATOM.split(expected)
+    return len(parts) == len(due) and all(map(close, parts, due))
 
 
 def grade_batch(problems: Sequence[Problem], completions: Sequence[str], workers: int | None = None) -> list[Verdict]:
@@ -612,8 +614,9 @@ def run_code(code: str, task: str, cpu: int, *, setup: bytes, method: str, calls
 
     `setup` (compiled and marshalled) runs first, in the same namespace, then the blocks of `earlier` that define what
     `code` lacks. Then, by task:
-      oracle     Solution().method is called with each of `calls` (see Check.call), and encode() of the value, or
-                 with in_place of the first argument after the call, is reported; a value that encode() refuses is compared with each of `decoys`
+      oracle     Solution().method is called with each of `calls` (see Check), and encode() of the value, or in place
+                 of the first argument after the call, is reported; a value that encode() refuses is compared with each
+                 of `decoys`
       run_tests  the function `marker` is called once per decoy, while Solution().method returns the decoy
     At most `room` bytes of report are taken. RuntimeError if the sandbox does not work at all.
     """
@@ -650,7 +653,7 @@ class Odd(Exception):
 
 def encode(value: Any, room: int = 1 << 30, depth: int = 100, any_order: int = 0) -> str:
     """The canonical text of a value of exact built-in type. Two values, except complex ones, have the same text exactly
-    if they are ==: True, 1 and 1.0 share a text, a defaultdict is a dict, sets and dicts are sorted, and so are lists on
+    if they are ==: True, 1 and 1.0 share a text, a defaultdict is a dict, sets and dicts are sorted, and lists, too, on
     the first `any_order` levels. Odd for another type (also a subclass), for more than `depth` levels and for more than
     about `room` characters."""
     kind = type(value)  # compared by `is`: a metaclass can redefine ==
@@ -722,7 +725,7 @@ _canonical_cpu: dict[tuple, float] = {}  # (id, canonical solution) -> its secon
 
 
 def _run_in_time(problem: Problem, blocks: list[str], task: str) -> Run:
-    """Run the last block with max(3 s, 4 x canonical) of CPU. The canonical is timed only after a completion has used up 3 s."""
+    """Run the last block with max(3 s, 4 x canonical) of CPU. The canonical is timed once a completion has used 3 s."""
     key = problem.id, problem.canonical_solution
     given = dict(setup=_compiled(problem.setup_code), method=problem.func_name, calls=[t.call for t in problem.tests],
                  room=1 << max(20, (4 * sum(len(t.text) + 64 for t in problem.tests)).bit_length()))
@@ -1365,7 +1368,7 @@ def _run_code(task: str, nonce: str, room: int, code: str, earlier: list[str], s
         program = compile(code, "<solution>", "exec", dont_inherit=True)
         report("compiled")
         exec(marshal.loads(setup), names)
-        for block in _needed(earlier, code, names):
+        for block in _needed(earlier, code, names) if earlier else ():
             report("joined", now=False)
             with suppress(Exception):  # as in a draft that is tried out: what stands before is defined
                 exec(compile(block, "<solution>", "exec", dont_inherit=True), names)
@@ -1409,26 +1412,24 @@ def _run_code(task: str, nonce: str, room: int, code: str, earlier: list[str], s
 
 
 def _needed(earlier: list[str], code: str, names: dict) -> list[str]:
-    """The blocks of `earlier` that define a global name which is not in `names`, and which `code` or a later one of these
-    blocks uses and does not define. Nothing of the completion has run yet."""
-    if not earlier:
-        return []
+    """The blocks of `earlier` that define a global name which `code`, or a later one of them, uses and nothing else,
+    such as `names`, defines. Nothing of the completion has run yet."""
     import builtins
     import symtable
 
     needed, missing = [], set()
     for block in [code, *reversed(earlier)]:
-        if block is not code and not missing:
+        if needed and not missing:
             break
         with suppress(SyntaxError, ValueError, MemoryError, RecursionError):
             scopes = [symtable.symtable(block, "<solution>", "exec")]
             made = {s.get_name() for s in scopes[0].get_symbols() if s.is_assigned() or s.is_imported()}
-            if block is code or made & missing:
+            if not needed or made & missing:
+                needed.insert(0, block)
                 for scope in scopes:
                     scopes += scope.get_children()
                     missing |= {s.get_name() for s in scope.get_symbols() if s.is_global()}
                 missing -= {*made, *names, *dir(builtins)}
-                needed.insert(0, block)
     return needed[:-1]
 
 
