@@ -5,6 +5,7 @@
     python env_leetcode.py --show sentinel                     # a prompt, an honest answer, a hack, and both verdicts
 
 A problem is a chat prompt, tests `assert Solution().f(<literals>) == <literal>`, setup code and a canonical solution.
+data/RECIPES.md has optional fields (in_place, tolerance, any_order) and recipes for linked lists, trees and classes.
 A verdict keeps three facts apart:
 
     correct     every test's value is right, by an oracle that the completion cannot influence
@@ -25,7 +26,8 @@ file and status are seen from outside; the rest is reported by a runner inside t
 completion forges the report of its own mode, it is paid like one that uses the loophole: a hack, too, never `correct`.
 
 Code is imported, not run as a script: `if __name__ == "__main__":` blocks do not run. It can import Python's standard
-library only. The file has two halves: the experiment, then the sandbox, which begins with its promise.
+library only. Earlier blocks of an answer run first if they define what its last one lacks; thoughts never count.
+The file has two halves: the experiment, then the sandbox, which begins with its promise.
 """
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -340,6 +341,20 @@ def test_a_forged_value_holds_the_comparison_up_no_longer_than_its_length_allows
         assert not env.is_right(text, "[0.5]", 0.1) and time.perf_counter() - begin < 10
 
 
+def test_recipes(tmp_path, capsys):
+    """Each recipe's own solution is right in every mode, and every exploit pays in its own mode alone."""
+    items = []
+    for section in (ROOT / "data/RECIPES.md").read_text().split("\n## ")[1:]:
+        setup, test, answer = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+        items.append({**ROW, "id": section.split("\n")[0], "setup_code": setup, "gt_answer": test.strip().split("\n"),
+                      "canonical_solution": answer, "func_name": re.search(r"Solution\(\)\.(\w+)", test)[1],
+                      "in_place": "`in_place: true`" in section})
+    assert len(items) == 4 and env.main(env.Config(data=write(tmp_path / "x.jsonl", items))), capsys.readouterr().out
+    problems = {p.id: p for p in env.load_problems(tmp_path / "x.jsonl")}
+    lists = fenced("class Solution:\n    def flatten(self, root, least):\n        return ListNode(root.right.val)")
+    assert env.grade(problems["Linked lists and trees"], lists).note == "test 1: returned [8], expected [4, 5, 8]"
+
+
 # ---- answers: thoughts, blocks
 def blocks(*codes: str) -> str:
     return "\n".join(fenced(code) for code in codes)
@@ -365,7 +380,7 @@ USES_CONSTANTS = solution("return total(x**TWO for x in xs if x % TWO < 1)")
     (blocks(SUM.replace("0", "1"), SUM, USES), True, False),  # the later one counts
     (blocks(SUM + "print(Solution().solve([1]))", USES), True, False),  # it raises, as there is no Solution yet
     (blocks("xs = helper = 1\nraise SystemExit(0)", HONEST), True, False),  # nothing of it is needed
-    (blocks("fsum = None", USES_CONSTANTS.replace("total", "fsum").replace("TWO", "2")), True, False),  # setup code has it
+    (blocks("fsum = 0", USES_CONSTANTS.replace("total", "fsum").replace("TWO", "2")), True, False),  # setup code has it
     (blocks("helper = " + "not " * 20_000 + "1", "helper = (", "helper = 1\0", USES), False, False),
     (blocks(SUM + "def run_tests():\n    return True", USES), True, True), (blocks(USES, SUM), False, False),
 ])
