@@ -322,7 +322,7 @@ def _parse_row(line: str, where: str) -> Problem:
     try:
         _compiled(row["setup_code"])
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        need(False, "setup_code", f"does not compile: {error or type(error).__name__}")
+        need(False, "setup_code", f"does not compile: {str(error) or type(error).__name__}")
     tests = []
     for i, source in enumerate(row["gt_answer"], 1):
         try:

@@ -378,6 +378,7 @@ USES_CONSTANTS = solution("return total(x**TWO for x in xs if x % TWO < 1)")
     (blocks(SUM, USES), True, False), (blocks(CONSTANTS, USES_CONSTANTS), True, False),
     (blocks(SUM, INDIRECT, USES.replace("helper", "step")), True, False),
     (blocks(SUM.replace("0", "1"), SUM, USES), True, False),  # the later one counts
+    (blocks(SUM, "raise SystemExit(0)", USES), True, False),
     (blocks(SUM + "print(Solution().solve([1]))", USES), True, False),  # it raises, as there is no Solution yet
     (blocks("xs = helper = 1\nraise SystemExit(0)", HONEST), True, False),  # nothing of it is needed
     (blocks("fsum = 0", USES_CONSTANTS.replace("total", "fsum").replace("TWO", "2")), True, False),  # setup code has it
