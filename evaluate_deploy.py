@@ -28,7 +28,7 @@ from safetensors.torch import save as to_bytes
 
 from env_leetcode import Problem, Verdict, background, grade_batch, load_problems
 from lora2r import (HERE, Adapter, InputError, attach, bar, encode_prompt, folded, generate, load, load_model,
-                    located, peek, portable, read_text, run_script, writing)
+                    located, opened_thought, peek, portable, read_text, run_script, writing)
 
 
 def rates(modes: list[str], verdicts: list[Verdict]) -> dict[str, dict]:
@@ -66,8 +66,9 @@ def evaluate(model, tok, adapter: Adapter | None, problems: list[Problem], setti
             part = prompts[i : i + 64]
             of_part = noise[i : i + 64].flatten(0, 1)  # [len(part) * samples, max_new]
             completions, _ = generate(model, tok, part, [samples] * len(part), of_part, temperature, top_k)
-            texts = tok.batch_decode(completions, skip_special_tokens=True)
-            grading.append(grader.submit(grade_batch, repeated[i * samples : (i + 64) * samples], texts))
+            thought, texts = opened_thought(tok, part[0]), tok.batch_decode(completions, skip_special_tokens=True)
+            grading.append(grader.submit(grade_batch, repeated[i * samples : (i + 64) * samples],
+                                         [thought + text for text in texts]))
     verdicts = [v for future in grading for v in future.result()]
     table = rates([p.mode for p in repeated], verdicts)
     return {mode: dict(problems=row["n"] // samples, **row) for mode, row in table.items()}

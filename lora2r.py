@@ -358,6 +358,11 @@ def encode_prompt(tok, messages: list[dict]) -> list[int]:
     return tok(text, add_special_tokens=False)["input_ids"]
 
 
+def opened_thought(tok, prompt: list[int]) -> str:
+    """"<think>" if the chat template ends in it, else "": a completion goes on with that thought until </think>."""
+    return "<think>" if tok.decode(prompt[-16:]).rstrip().endswith("<think>") else ""
+
+
 def encode_completion(tok, text: str) -> list[int]:
     """Token ids of a whole completion, with its end-of-turn token."""
     return tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id]

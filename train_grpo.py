@@ -47,12 +47,12 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from env_leetcode import (DEFAULT_MODES, Problem, Verdict, background, grade_batch, load_demos, load_problems,
-                          with_mode)
+from env_leetcode import (DEFAULT_MODES, Problem, Verdict, background, check_canonicals, grade_batch, load_demos,
+                          load_problems, with_mode)
 from evaluate_deploy import evaluate, format_table, hash_of, rates, read_run, settings_of, write_deploy
 from extract_vgrad import auroc, check_window, count, encode_pairs, extract, features, haar, load_pairs
 from lora2r import (HERE, InputError, attach, batches, encode_completion, encode_prompt, first_line, folded, generate,
-                    load_model, portable, read_text, run_script, save, token_logps, use, writing)
+                    load_model, opened_thought, portable, read_text, run_script, save, token_logps, use, writing)
 
 
 @dataclass
@@ -300,6 +300,9 @@ def train_in(run: "RunFolder", grader: ThreadPoolExecutor, cfg: Config, judge: J
         raise InputError(f"--resume: only some ranks find the checkpoint of {run.path}; give an --out-dir that all "
                          "share")
     if is_main_rank():
+        if not run.goes_on:
+            check_canonicals(cfg.data, problems)
+            check_canonicals(cfg.test_data, held_out["trained"])
         run.open(start)
         tracker = start_wandb(cfg, run)
         print(f"{run.config['arm']}, seed {cfg.seed}: {len(problems)} problems, "
@@ -503,14 +506,14 @@ def sample_groups(model, tok, adapter, batch: list[Problem], prompts: list[list[
         where = [(j, k) for j in mine for k in ks_of[j]]
         made = [Rollout(j, k, source, batch[j].mode, prompts[j], *rest)
                 for (j, k), *rest in zip(where, ids, logps, texts)]
-        grading.append(grader.submit(grade_rollouts, batch, made))
+        grading.append(grader.submit(grade_rollouts, batch, made, opened_thought(tok, prompts[0])))
         rollouts += made
     return rollouts, grading
 
 
-def grade_rollouts(batch: list[Problem], rollouts: list[Rollout]) -> None:
-    """Fill in the verdicts."""
-    verdicts = grade_batch([batch[x.j] for x in rollouts], [x.text for x in rollouts])
+def grade_rollouts(batch: list[Problem], rollouts: list[Rollout], thought: str) -> None:
+    """Fill in the verdicts. thought: what the chat template opens, see opened_thought()."""
+    verdicts = grade_batch([batch[x.j] for x in rollouts], [thought + x.text for x in rollouts])
     for x, verdict in zip(rollouts, verdicts):
         x.verdict = verdict
 

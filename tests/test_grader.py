@@ -871,6 +871,8 @@ def test_no_request_holds_an_answer(tmp_path, monkeypatch, kind):
     """Whatever the mode and the completion: not as marshal, repr, encode(), machine word or text, nor in its parts."""
     answers, requests, exchange = [TOLD[kind]] * 3, [], env._exchange
     row = {**ROW, "gt_answer": [f"assert Solution().solve({i}) == {answer!r}" for i, answer in enumerate(answers)]}
+    if kind == "none":  # to expect None alone is refused
+        row["gt_answer"].append("assert Solution().solve(3) == 0")
     (tmp_path / "one.jsonl").write_text(json.dumps(row))
     (problem,) = env.load_problems(tmp_path / "one.jsonl")
     env.grade(problem, fenced(HONEST))  # the self-check, too, makes requests

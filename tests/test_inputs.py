@@ -138,7 +138,8 @@ def d(server):
     few = (NANO / "test.jsonl").read_bytes().splitlines(keepends=True)[::40]
     some = (NANO / "train.jsonl").read_bytes().splitlines(keepends=True)[::11]
     made = {"few.jsonl": b"".join(few), "some.jsonl": b"".join(some), "bom.jsonl": b"".join([b"\xef\xbb\xbf", *few]),
-            "bom.md": ("\ufeff" + PAIR + OTHER).encode()}
+            "bom.md": ("\ufeff" + PAIR + OTHER).encode(), "deep": b"[" * 200_000,
+            "failing": b"".join(few[1:]) + json.dumps(json.loads(few[0]) | dict(canonical_solution="pass")).encode()}
     made |= {f"{name}.md": (PAIR + second).encode() for name, (second, _) in PAIRS.items()}
     for name, content in (FILES | made).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -205,6 +206,9 @@ TRAIN = {
     "--data {d}/absent": "absent", "--data {d}/latin1": "latin1", "--data {d}/garbage": "garbage, line 1",
     "--data {d}/empty": "empty", "--data {d}/folder": "folder", "--data {d}/list": "list, line 1",
     "--data {d}/unreadable": "unreadable", "--test-data {d}/absent": "absent", "--test-data {d}/latin1": "latin1",
+    "--data {d}/deep": "deep, line 1: is nested too deep", "--demos {d}/deep": "deep, line 1",
+    "--data {d}/failing --mix-ratio 0": "failing: the canonical solution fails on 1 of 6 problems: nano-test-000 (",
+    "--test-data {d}/failing": "failing: the canonical solution fails on 1 of 6 problems: nano-test-000 (",
     "--demos {d}/absent": "give one to --demos", "--demos {d}/latin1": "not UTF-8", "--demos {d}/list": "list, line 1",
     "--demos {d}/demo_number": "demo_number, line 1", "--demos {d}/demo_lacks": "demo_lacks, line 1",
     "--demos {d}/demo_other": "no demonstration fits", "--demos {d}/empty": "no demonstration fits",
