@@ -896,22 +896,54 @@ rename:82:- renameat:264:38 renameat2:316:276 unlink:87:- unlinkat:263:35 open:2
 newfstatat:262:79 statx:332:291 faccessat:269:48 faccessat2:439:439 gettimeofday:96:169 getrlimit:97:163
 setrlimit:160:164 prlimit64:302:261 getrusage:98:165 sysinfo:99:179 times:100:153 getuid:102:174 getgid:104:176
 geteuid:107:175 getegid:108:177 getpgrp:111:- getpgid:121:155 getsid:124:156 futex:202:98 sched_getaffinity:204:123
-set_robust_list:273:99 rseq:334:293 clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115
-getrandom:318:278 sigaltstack:131:132 restart_syscall:219:128 sendfile:40:71 copy_file_range:326:285 membarrier:324:283
-umask:95:166 close_range:436:436 time:201:- getcpu:309:168 rt_sigpending:127:136 rt_sigsuspend:130:133
-rt_sigtimedwait:128:137"""
+clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115
+getrandom:318:278 sigaltstack:131:132 restart_syscall:219:128 sendfile:40:71 copy_file_range:326:285 umask:95:166
+close_range:436:436 time:201:- getcpu:309:168 rt_sigpending:127:136 rt_sigsuspend:130:133 rt_sigtimedwait:128:137"""
 _ARCH = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column of the table, AUDIT_ARCH
-# These calls only with one of these values of an argument: (position, values). Leases, locks, owners of signals,
-# hints and attributes of files reach beyond the process, and kernels bring new ones, so the list is of what is allowed.
+_ALL = _OWN = 0xFFFFFFFF  # all bits of an argument; the place of the child's own pid
+_LOAD, _EQUAL, _MASK, _DENY = 0x20, 0x15, 0x54, (6, 0, 0, 0x00050001)
+_STEP = struct.Struct("=HBBI")  # operation, steps to skip if true and if false, operand
+
+
+def _one_of(position: int, *values: int, bits: int = _ALL) -> list[tuple]:
+    """Steps of the filter: go on if (argument & bits) is one of `values`, else EPERM."""
+    tests = [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
+    return [(_LOAD, 0, 0, 16 + 8 * position), (_MASK, 0, 0, bits), *tests, _DENY]
+
+
+def _flags(position: int, known: int) -> list[tuple]:
+    return _one_of(position, 0, bits=_ALL & ~known)
+
+
+# No O_TMPFILE, O_SYNC, O_DIRECT, O_PATH, O_ASYNC. 0x28000: O_LARGEFILE and O_NOFOLLOW, in either order.
+_OPEN = 0x28003 | sum(getattr(os, "O_" + name, 0) for name in
+                      "CREAT EXCL NOCTTY TRUNC APPEND NONBLOCK DIRECTORY CLOEXEC".split())  # fmt: skip
+
+
+def _open(position: int) -> list[tuple]:
+    """Landlock lets access mode 3 open every file, and old ones truncate what is opened for reading."""
+    trunc = os.O_TRUNC
+    return _flags(position, _OPEN) + _one_of(position, 0, 1, 2, trunc | 1, trunc | 2, bits=trunc | 3)
+
+
+# What these calls may be given: their own process, common clocks, known flags. Leases, locks, owners of signals, hints
+# and attributes of files reach beyond the process, and kernels bring new ones, so the list is of what is allowed.
+_CLOCK, _MINE = _one_of(0, *range(12)), _one_of(0, 0, _OWN)  # not the CPU time of another process
 _ARGUMENTS = {
-    "prlimit64": (0, [0]),  # itself
-    "clock_gettime": (0, [*range(12)]),  # not the CPU time of another process
-    "fcntl": (1, [0, 1, 2, 3, 4, 1030]),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC
-    "ioctl": (1, [0x5401, 0x802C542A, 0x5413, 0x5450, 0x5451, 0x541B, 0x5421]),  # TCGETS, TCGETS2, TIOCGWINSZ, FIO...
+    "prlimit64": _MINE, "getpgid": _MINE, "getsid": _MINE, "sched_getaffinity": _MINE,
+    "clock_gettime": _CLOCK, "clock_getres": _CLOCK, "clock_nanosleep": _CLOCK + _flags(1, 1),
+    "open": _open(1), "openat": _open(2),
+    "fcntl": [*_one_of(1, 0, 1, 2, 3, 1030, 4),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_SETFL
+              (_EQUAL, 0, 4, 4), *_flags(2, _OPEN)],  # F_SETFL alone has flags
+    "ioctl": _one_of(1, 0x5401, 0x802C542A, 0x5413, 0x5450, 0x5451, 0x541B, 0x5421),  # TCGETS.., TIOCGWINSZ, FIO..
+    "renameat2": _one_of(4, 0, 1, 2),  # a whiteout would be a file that inotify does not see
+    "newfstatat": _flags(3, 0x1900), "statx": _flags(2, 0x1900), "faccessat2": _flags(3, 0x1300),
+    "pipe2": _flags(1, os.O_CLOEXEC | os.O_NONBLOCK), "dup3": _flags(2, os.O_CLOEXEC), "close_range": _flags(2, 4),
+    "unlinkat": _flags(2, 0), "copy_file_range": _flags(5, 0), "getrandom": _flags(2, 1),
+    "mmap": _flags(3, 0x13D873), "mremap": _flags(3, 3),  # no huge or locked pages
+    "madvise": _one_of(2, 0, 1, 2, 3, 4, 8),  # none that merges pages, or evicts those of a library
+    "futex": _one_of(1, 128, 129, 131, 132, 133, 137, 138, bits=_ALL & ~256),  # private ones without an owner's pid
 }  # fmt: skip
-# No O_TMPFILE, O_SYNC, O_DIRECT, O_PATH, O_ASYNC; and no O_TRUNC without O_WRONLY, which old Landlocks let pass.
-_OPEN = 3 | sum(getattr(os, "O_" + name, 0) for name in
-                "CREAT EXCL NOCTTY TRUNC APPEND NONBLOCK DIRECTORY NOFOLLOW CLOEXEC LARGEFILE".split())  # fmt: skip
 _IDLE = ("fsync", "fdatasync", "msync")  # succeed and do nothing: nothing here must last, and waiting costs no CPU
 
 
@@ -920,7 +952,7 @@ class _Sandbox:
 
     def __init__(self, work: str):
         self.work, self.zygote, self.readable = work, os.getpid(), []
-        self.abi, self.filter, self.changes, self.watch = 0, None, -1, -1
+        self.abi, self.program, self.changes, self.watch = 0, b"", -1, -1
         if not sys.platform.startswith("linux"):
             return
         self.libc = ctypes.CDLL(None)
@@ -937,7 +969,7 @@ class _Sandbox:
             if self.abi and os.path.exists(path):
                 self.readable.append((os.open(path, os.O_PATH | os.O_CLOEXEC), right))
         self._make_filter()
-        for layer in ("filter", "abi", "abi"):  # a kernel or container may refuse what it announces
+        for layer, none in (("program", b""), ("abi", 0), ("abi", 0)):  # a kernel or container may refuse what it announces
             with self.folder() as rules:
                 pid = os.fork()
                 if pid == 0:
@@ -948,7 +980,7 @@ class _Sandbox:
                         os._exit(1)
                 if os.waitpid(pid, 0)[1] == 0:
                     break
-            setattr(self, layer, 0)
+            setattr(self, layer, none)
 
     @contextmanager
     def folder(self) -> Iterator[int]:
@@ -983,24 +1015,12 @@ class _Sandbox:
             return
         entries = [entry.split(":") for entry in _SYSCALLS.split()]
         number = {entry[0]: int(entry[column]) for entry in entries if entry[column] != "-"}
-        load, equal, any_of, mask = 0x20, 0x15, 0x45, 0x54
-        allow, deny, nothing = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x00050001), (6, 0, 0, 0x00050000)
-        steps = [(load, 0, 0, 4), (equal, 1, 0, arch), (6, 0, 0, 0x80000000), (load, 0, 0, 0)]
+        allow, nothing = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x00050000)
+        steps = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, arch), (6, 0, 0, 0x80000000), (_LOAD, 0, 0, 0)]
         for name in sorted(number, key=number.get):
-            case = [allow]
-            if name in _IDLE:
-                case = [nothing]
-            elif name in _ARGUMENTS:
-                position, values = _ARGUMENTS[name]
-                tests = [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
-                case = [(load, 0, 0, 16 + 8 * position), *tests, deny, allow]
-            elif name in ("open", "openat"):
-                case = [(load, 0, 0, 24 if name == "open" else 32), (any_of, 2, 0, ~_OPEN & 0xFFFFFFFF),
-                        (mask, 0, 0, os.O_TRUNC | 3), (equal, 0, 1, os.O_TRUNC), deny, allow]  # fmt: skip
-            steps += [(equal, 0, len(case), number[name]), *case]
-        steps.append(deny)
-        self.program = b"".join(struct.pack("=HBBI", *step) for step in steps)
-        self.filter = struct.pack("@HP", len(steps), ctypes.cast(self.program, ctypes.c_void_p).value)
+            case = [*_ARGUMENTS.get(name, ()), nothing if name in _IDLE else allow]
+            steps += [(_EQUAL, 0, len(case), number[name]), *case]
+        self.program = b"".join(_STEP.pack(*step) for step in [*steps, _DENY])
 
     def tie(self) -> None:
         """Let the calling child die with its zygote, from its first moment on."""
@@ -1025,8 +1045,10 @@ class _Sandbox:
         self.libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
         if self.abi and self.libc.syscall(446, rules, 0):  # landlock_restrict_self
             raise RuntimeError("Landlock")
-        if self.filter and self.libc.prctl(22, 2, self.filter, 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-            raise RuntimeError("seccomp")
+        program = self.program.replace(_STEP.pack(_EQUAL, 1, 0, _OWN), _STEP.pack(_EQUAL, 1, 0, os.getpid()))
+        address = ctypes.cast(program, ctypes.c_void_p).value
+        if program and self.libc.prctl(22, 2, struct.pack("@HP", len(program) // 8, address), 0, 0):
+            raise RuntimeError("seccomp")  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 # ---- the zygote -----------------------------------------------------------------------------------------------------
@@ -1052,7 +1074,7 @@ def _zygote_main(folder: str) -> None:
         _clear_stale(os.path.dirname(folder))
         sandbox = _Sandbox(os.path.join(folder, "work"))
         trainer = os.dup(1)
-        os.write(trainer, json.dumps({"Landlock": sandbox.abi, "seccomp": int(bool(sandbox.filter))}).encode() + b"\n")
+        os.write(trainer, json.dumps({"Landlock": sandbox.abi, "seccomp": int(bool(sandbox.program))}).encode() + b"\n")
         gc.freeze()
         while len(header := os.read(0, _HEADER.size)) == _HEADER.size:
             if not _serve(sandbox, trainer, *_HEADER.unpack(header)):
