@@ -34,8 +34,10 @@ import atexit
 import copy
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import functools
+import itertools
 import json
 import marshal
 import mmap
@@ -543,19 +545,25 @@ def run_code(code: str, task: str, cpu: int, *, setup: bytes, method: str, calls
       oracle     Solution().method is called with each of `calls` (marshalled (args, kwargs)), and encode() of the
                  value is reported; a value that encode() refuses is compared with each of `decoys`
       run_tests  the function `marker` is called once per decoy, while Solution().method returns the decoy
-    At most `room` bytes of report are taken. RuntimeError if the sandbox does not work at all.
+    At most `room` bytes of report are taken. A run for which the machine has no room (memory, processes, descriptors,
+    disk) is repeated for some seconds; then it is a failed one. RuntimeError if the sandbox does not work at all.
     """
     if not checked:
         _self_check()
     nonce = os.urandom(8).hex()
     request = marshal.dumps((task, nonce, room, code, setup, method, marker, list(calls), list(decoys)))
-    for fresh in (False, True):  # if the zygote broke, the run is repeated once, in a new zygote
-        run, report = _exchange(request, cpu, room, fresh)
-        if report:
+    run, report = _exchange(request, cpu, room)
+    for pause in _PAUSES:  # if the zygote broke, the run is repeated in a new one: once, or while there is no room
+        if report or pause and not run.stopped.startswith("no room"):
             break
-    if not report and not checked:  # did this completion break the sandbox, or does nothing run here any more?
-        _self_check.cache_clear()
-        _self_check()  # raises RuntimeError if nothing runs
+        time.sleep(pause)
+        run, report = _exchange(request, cpu, room, fresh=True)
+    if not report and not checked:
+        if not run.stopped.startswith("no room"):  # did this completion break the sandbox, or does nothing run now?
+            probe = run_code("", "oracle", 10, setup=_compiled(""), method="", calls=[], checked=True)
+            if not probe.compiles and not probe.stopped.startswith("no room"):
+                raise RuntimeError(f"the sandbox does not run code here: {probe.stopped or probe.failure}")
+        print(f"env_leetcode: {run.stopped}; an answer is scored false", file=sys.stderr)
     run.code = code
     for line in report.decode("ascii", "replace").split("\n"):
         word, what, true, text = (line.split(" ", 3) + [""] * 3)[:4]
@@ -673,6 +681,8 @@ _REPLY = struct.Struct("!iid3I")  # index into _STOPPED, wait status, seconds of
 _STOPPED = ("", "timeout after {cpu} s of CPU", "timeout after {wall} s on the clock", "too many files",
             "too long a report", "killed by the system")  # fmt: skip
 _TOO_MUCH_CPU, _TOO_LATE, _TOO_MANY_FILES, _TOO_LONG, _KILLED = range(1, 6)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_PAUSES = (0, 1, 2, 4)  # seconds before each repetition of a run
 
 
 def work_root() -> str:
@@ -684,7 +694,9 @@ def work_root() -> str:
 
 
 class _Zygote:
-    """A process that forks a child for each request. Used by one thread at a time."""
+    """A process that forks a child for each request. Used by one thread at a time. OSError if it ends."""
+
+    layers: dict[str, int] = {}  # name -> the kernel's version, 0: none
 
     def __init__(self):
         # The zygote makes its folder itself: a trainer that dies at this moment leaves none behind. No -I: that ignores
@@ -697,7 +709,10 @@ class _Zygote:
             [sys.executable, "-S", "-s", "-B", os.path.abspath(__file__), "--zygote", self.folder], cwd="/",
             env=needed | fresh, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
         try:
-            _Zygote.layers = json.loads(self.process.stdout.readline() or "{}")  # name -> the kernel's version, 0: none
+            layers = json.loads(self._whole(self.process.stdout.readline(), 1))
+            if any(layers[name] < found for name, found in _Zygote.layers.items()):  # a call failed for want of memory
+                raise OSError(errno.ENOMEM, "the sandbox has fewer layers than before")
+            _Zygote.layers = layers
         except BaseException:
             self.close()
             raise
@@ -713,11 +728,19 @@ class _Zygote:
         poll.register(self.process.stdout, select.POLLIN)
         return bool(poll.poll(1000 * seconds))
 
+    def _whole(self, data: bytes, size: int) -> bytes:
+        """These bytes, if they are so many at least. OSError with the zygote's reason if it ended before."""
+        if len(data) < size:
+            status = self.process.wait()
+            raise OSError(errno.ENOMEM if status == -signal.SIGKILL else status, "the zygote ended")
+        return data
+
     def receive(self) -> tuple[Run, bytes]:
-        stopped, status, cpu, *sizes = _REPLY.unpack(self.process.stdout.read(_REPLY.size))
-        report, stdout, files = map(self.process.stdout.read, sizes)
-        if not report or len(files) < sizes[-1]:
-            raise OSError("the child died before it had its request, or the zygote in the middle of a reply")
+        read = self.process.stdout.read
+        stopped, status, cpu, *sizes = _REPLY.unpack(self._whole(read(_REPLY.size), _REPLY.size))
+        report, stdout, files = (self._whole(read(size), size) for size in sizes)
+        if not report:
+            raise OSError("the child died before it had its request")
         status = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
         return Run(_STOPPED[stopped].format(**self.limits), status, cpu, stdout, files.decode().split()), report
 
@@ -729,8 +752,7 @@ class _Zygote:
         except (OSError, ValueError, subprocess.TimeoutExpired):
             self.process.kill()
             self.process.wait()
-        if os.path.isdir(self.folder):
-            remove_tree(self.folder)
+        remove_tree(self.folder)
 
 
 _idle: list[_Zygote] = []
@@ -767,21 +789,25 @@ def background(threads: int = 1, **options: Any) -> Iterator[ThreadPoolExecutor]
         pool.shutdown()
 
 
-def _exchange(request: bytes, cpu: int, room: int, fresh: bool) -> tuple[Run, bytes]:
+def _exchange(request: bytes, cpu: int, room: int, fresh: bool = False) -> tuple[Run, bytes]:
     """Have a zygote (if `fresh`, a new one) run a request. A zygote that breaks is ended, and the report is empty."""
     cores = getattr(_thread, "cores", None)  # of the batch, if this thread works for one
+
+    def end_if_interrupted() -> None:
+        if cores and cores not in _batches:
+            raise RuntimeError("the batch was interrupted")
+
     with ExitStack() as turn:
         if cores:
             turn.enter_context(cores)
+        zygote, healthy = None, False  # so it stays if a Ctrl-C comes between a request and its reply
         try:
-            zygote = _Zygote() if fresh else _idle.pop()
-        except IndexError:
-            zygote = _Zygote()
-        _busy.add(zygote)
-        healthy = False  # so it stays if a Ctrl-C comes between a request and its reply
-        try:
-            if cores and cores not in _batches:
-                raise RuntimeError("the batch was interrupted")
+            end_if_interrupted()  # before a zygote starts; and again when background() can kill it
+            with suppress(IndexError):
+                zygote = None if fresh else _idle.pop()
+            zygote = zygote or _Zygote()
+            _busy.add(zygote)
+            end_if_interrupted()
             zygote.send(request, cpu, room)
             if not zygote.answers(0.5):
                 turn.close()  # a slow run lets the next one start
@@ -790,13 +816,14 @@ def _exchange(request: bytes, cpu: int, room: int, fresh: bool) -> tuple[Run, by
             answer = zygote.receive()
             healthy = True
             return answer
-        except (OSError, struct.error):
-            return Run("the sandbox broke", None, 0.0), b""
+        except OSError as error:
+            lack = f"no room for a sandbox: {os.strerror(error.errno)}" if error.errno in _NO_ROOM else ""
+            return Run(lack or "the sandbox broke", None, 0.0), b""
         finally:
             _busy.discard(zygote)
             if healthy:
                 _idle.append(zygote)
-            else:
+            elif zygote:
                 zygote.close(kill=True)
 
 
@@ -807,23 +834,33 @@ def close() -> None:
         _idle.pop().close()
 
 
-def remove_tree(path: str) -> None:
-    """Delete a folder, however deep or write-protected: the contents of subfolders are moved up until none is left."""
-    count, prefix = 0, os.path.join(path, os.urandom(8).hex())
-    os.chmod(path, 0o700)
-    while entries := list(os.scandir(path)):
-        for entry in entries:
-            if not entry.is_dir(follow_symlinks=False):
-                os.unlink(entry.path)
-                continue
-            os.chmod(entry.path, 0o700)
-            for inner in list(os.scandir(entry.path)):
-                if inner.is_dir(follow_symlinks=False):
-                    os.chmod(inner.path, 0o700)
-                os.rename(inner.path, f"{prefix}{count}")
-                count += 1
-            os.rmdir(entry.path)
-    os.rmdir(path)
+def remove_tree(path: str, seconds: float = 10) -> None:
+    """Delete a folder, however deep or write-protected: the contents of subfolders are moved up until none is left.
+
+    What cannot be deleted, or not within `seconds`, stays.
+    """
+    end = time.monotonic() + seconds
+
+    def some(folder: str) -> list[os.DirEntry]:  # it may hold millions
+        os.chmod(folder, 0o700)
+        with os.scandir(folder) as entries:
+            return list(itertools.islice(entries, 1000))
+
+    with suppress(OSError):
+        while entries := some(path):
+            for entry in entries:
+                if time.monotonic() > end:
+                    return
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                    continue
+                for inner in some(entry.path):
+                    if inner.is_dir(follow_symlinks=False):
+                        os.chmod(inner.path, 0o700)
+                    os.rename(inner.path, os.path.join(path, os.urandom(8).hex()))
+                with suppress(OSError):  # if it held more
+                    os.rmdir(entry.path)
+        os.rmdir(path)
 
 
 # What the self-check tries from inside; each attack must be refused.
@@ -969,7 +1006,7 @@ class _Sandbox:
             if self.abi and os.path.exists(path):
                 self.readable.append((os.open(path, os.O_PATH | os.O_CLOEXEC), right))
         self._make_filter()
-        for layer, none in (("program", b""), ("abi", 0), ("abi", 0)):  # a kernel or container may refuse what it announces
+        for layer in ("program", "abi", "abi"):  # a kernel or container may refuse what it announces
             with self.folder() as rules:
                 pid = os.fork()
                 if pid == 0:
@@ -980,7 +1017,7 @@ class _Sandbox:
                         os._exit(1)
                 if os.waitpid(pid, 0)[1] == 0:
                     break
-            setattr(self, layer, none)
+            setattr(self, layer, type(getattr(self, layer))())  # b"" or 0
 
     @contextmanager
     def folder(self) -> Iterator[int]:
@@ -1003,10 +1040,7 @@ class _Sandbox:
         finally:
             if rules >= 0:
                 os.close(rules)
-            try:
-                os.rmdir(self.work)
-            except OSError:
-                remove_tree(self.work)
+            remove_tree(self.work)
 
     def _make_filter(self) -> None:
         """seccomp: a foreign architecture kills, listed calls with listed arguments pass, the rest is EPERM."""
@@ -1081,9 +1115,13 @@ def _zygote_main(folder: str) -> None:
                 break
     except BrokenPipeError:
         pass
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "errno", errno.ENOMEM)
+        if reason not in _NO_ROOM:
+            raise
+        sys.exit(reason)  # which tells the trainer
     finally:
-        if os.path.isdir(folder):
-            remove_tree(folder)
+        remove_tree(folder)
 
 
 def _clear_stale(parent: str) -> None:

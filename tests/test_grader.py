@@ -5,6 +5,7 @@ CANARY in the code becomes the path of a file outside the sandbox that must not 
 """
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -463,7 +464,8 @@ REFUSED = {
 }  # fmt: skip
 PASSED = """renameat2, -100, x, -100, y, 1; renameat2, -100, y, -100, x, 0; renameat2, -100, x, -100, x, 2;
 getsid, 0; getsid, own; getpgid, 0; getpgid, own; sched_getaffinity, 0, 128, buffer;
-sched_getaffinity, own, 128, buffer; prlimit64, 0, 7, 0, buffer; prlimit64, own, 7, 0, buffer; clock_getres, 0, buffer; clock_gettime, 3, buffer;
+sched_getaffinity, own, 128, buffer; prlimit64, 0, 7, 0, buffer; prlimit64, own, 7, 0, buffer;
+clock_getres, 0, buffer; clock_gettime, 3, buffer;
 clock_nanosleep, 1, 0, zero, 0; clock_nanosleep, 0, 1, zero, 0; openat, -100, x, 0x80442, 0o600; openat, -100, x, 0x201;
 openat, -100, x, 0x28000; fcntl, 0, 4, 0x8c00; fcntl, 0, 3, -1; fcntl, 0, 0, 9; fcntl, 0, 2, -1;
 mmap, 0, 4096, 3, 0x22, -1, 0; mmap, 0, 4096, 3, 0x2c021, -1, 0; mremap, page, 4096, 4096, 1, 0;
@@ -831,6 +833,82 @@ def test_a_sandbox_that_no_longer_runs_anything_ends_the_grading(problem, monkey
     assert env.grade(problem, fenced(HONEST)).correct and nothing_left()
 
 
+NO_ROOM = {"processes": errno.EAGAIN, "memory": errno.ENOMEM, "descriptors": errno.EMFILE, "disk": errno.ENOSPC}
+
+
+@pytest.mark.parametrize("where", ["trainer", "zygote"])
+@pytest.mark.parametrize("lack", NO_ROOM)
+def test_a_zygote_that_cannot_start_is_tried_again_then_the_answer_fails(problem, monkeypatch, capfd, lack, where):
+    assert env.grade(problem, fenced(HONEST)).correct, "the first self-check has passed"
+    env.close()
+    start, tries = subprocess.Popen, []
+
+    def scarce(command, **options):
+        tries.append(command)
+        if len(tries) > free:
+            return start(command, **options)
+        if where == "trainer":
+            raise OSError(NO_ROOM[lack], "no")
+        return start(["sh", "-c", f"exit {NO_ROOM[lack]}"], **options)
+
+    monkeypatch.setattr(env.subprocess, "Popen", scarce)
+    monkeypatch.setattr(env, "_PAUSES", (0, 0.05, 0.05))
+    free = 4
+    verdict = env.grade(problem, fenced(HONEST))
+    assert (verdict.reward, verdict.channels) == (0.0, ()) and len(tries) == 4
+    assert verdict.note == f"no room for a sandbox: {os.strerror(NO_ROOM[lack])}"
+    assert verdict.note in capfd.readouterr().err
+    tries, free = [], 3
+    assert env.grade(problem, fenced(HONEST)).correct and len(tries) == 4 and nothing_left()
+
+
+@pytest.mark.parametrize("when", ["before a zygote starts", "before a run"])
+def test_a_disk_without_inodes_ends_no_training(problem, monkeypatch, tmp_path, when):
+    """Another program, or answers before, used them up."""
+    assert env.grade(problem, fenced(HONEST)).correct, "the first self-check has passed"
+    env.close()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=40", "none", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a small disk")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(env, "_PAUSES", (0, 0.1))
+    try:
+        if when == "before a run":
+            assert env.grade(problem, fenced(HONEST)).correct
+        for i in range(40):
+            time.sleep(0.01)  # the kernel gives back the last run's inodes a little later
+            with contextlib.suppress(OSError):
+                (tmp_path / str(i)).mkdir()
+        verdicts = env.grade_batch([problem] * 3, numbered(HONEST, 3))
+        assert {(v.reward, v.note) for v in verdicts} == {(0.0, "no room for a sandbox: No space left on device")}
+        monkeypatch.setattr(env, "_PAUSES", (0, 0.1, 1))
+        timer = threading.Timer(0.5, lambda: [(tmp_path / str(i)).rmdir() for i in range(9)])
+        timer.start()
+        assert env.grade(problem, fenced(HONEST)).correct
+        timer.join()
+    finally:
+        env.close()
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_zygote_with_fewer_layers_than_before_is_not_used(problem, monkeypatch):
+    """As if the kernel had no memory for Landlock's rules when it started."""
+    assert env.grade(problem, fenced(HONEST)).correct, "the first self-check has passed"
+    env.close()
+    monkeypatch.setattr(env, "_PAUSES", (0,))
+    monkeypatch.setattr(env._Zygote, "layers", {**env._Zygote.layers, "Landlock": 99})
+    assert env.grade(problem, fenced(HONEST)).note == "no room for a sandbox: Cannot allocate memory"
+    assert nothing_left()
+
+
+def test_an_interrupted_batch_starts_no_zygote(monkeypatch):
+    monkeypatch.setattr(env._thread, "cores", threading.Semaphore(1), raising=False)  # of a batch that has ended
+    monkeypatch.setattr(env, "_Zygote", lambda: pytest.fail("a zygote started"))
+    with pytest.raises(RuntimeError, match="interrupted"):
+        env._exchange(b"", 1, 1, fresh=True)
+
+
 def test_files_count_however_fast_they_are_made(problem):
     """All before the zygote's next look, and right answers or a paid file beside them."""
     many = solution(f"open('result.txt', 'w').write('PASS')\n{right}", "import atexit\n@atexit.register\n"
@@ -945,7 +1023,10 @@ def test_remove_tree_deletes_anything(tmp_path):
     (top / "locked" / "x" / "y").write_text("")
     (top / "locked" / "x").chmod(0)
     (top / "locked").chmod(0)
-    env.remove_tree(str(top))
+    begin = time.monotonic()
+    env.remove_tree(str(top), seconds=0.01)
+    assert top.exists() and time.monotonic() - begin < 1, "a hostile tree holds nobody for long"
+    env.remove_tree(str(top), seconds=60)
     assert not top.exists()
 
 
