@@ -498,16 +498,18 @@ def main(config: Config) -> bool:
 #
 # A completion MAY compute (CPU, 1 GB of memory, 100 MB of stack), read Python's and the system's libraries, print,
 # and keep up to 64 plain files of up to 1 MB in a work folder that is made for the run and removed after it.
-# It can NOT read or write any other file, start a process or thread, reach the network, signal or inspect another
-# process, lock or lease a file or change its attributes, outlive its limits (a run ends when its CPU time, or the
-# time for which it neither computes nor waits for a CPU, is used up), take memory from the trainer (under pressure
-# the kernel kills the child first), leave anything behind, or learn an expected value: no child is sent one, nor
-# anything that one could be computed from but the answers' type and, beyond 256 kB, the order of magnitude of their
-# size. So two completions that conspire have nothing to tell each other.
-# It is NOT promised that they have no channel: access times, the page cache and the machine's load carry bits, and
-# stat() works outside (names, sizes and dates, no contents), since imports need it and neither Landlock nor seccomp
-# can tell one path from another there. Nor is it promised that the runner in the child tells the truth: see the top
-# of the file. The sandbox contains one user's training run. It is no virtual machine: a hole in the kernel is a hole.
+# It can NOT read or write any other file, start a process or thread, open a socket (so asyncio is refused, too), signal
+# or inspect another process, lock or lease a file or change its attributes, outlive its limits (a run ends when its
+# CPU time, or the time for which it neither computes nor waits for a CPU, is used up), take memory from the trainer
+# (under pressure the kernel kills the child first), leave a file or process behind, or learn an expected value: no
+# child is sent one, nor anything that one could be computed from but the answers' type and, beyond 256 kB, the order of
+# magnitude of their size. So two completions that conspire have nothing to tell each other.
+# It is NOT promised that they have no channel: access times, the page cache, the cache of names (also of files that do
+# not exist) and the machine's load carry bits, and stat() works outside (names, sizes and dates, no contents), since
+# imports need it and neither Landlock nor seccomp can tell one path from another there; that the trainer survives a
+# child's death by memory in a cgroup whose memory.oom.group is 1; that recursion 30,000 deep gets the same verdict from
+# each version of Python; or that the runner in the child tells the truth: see the top of the file.
+# The sandbox contains one user's training run. It is no virtual machine: a hole in the kernel is a hole.
 # Full strength needs Linux 5.13 with Landlock and seccomp, on x86_64 or aarch64 (Landlock itself guards ioctl from
 # 6.10 and signals from 6.12; before, seccomp alone does). Elsewhere, processes and resource limits remain:
 # protection() says what is in force after attacking it, and --sandbox require insists.
