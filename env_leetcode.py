@@ -837,10 +837,7 @@ def close() -> None:
 
 
 def remove_tree(path: str, seconds: float = 10) -> None:
-    """Delete a folder, however deep or write-protected: the contents of subfolders are moved up until none is left.
-
-    What cannot be deleted, or not within `seconds`, stays.
-    """
+    """Delete a folder, however deep or write-protected: what subfolders hold moves up. After `seconds` the rest stays."""
     end = time.monotonic() + seconds
 
     def some(folder: str) -> list[os.DirEntry]:  # it may hold millions
@@ -1115,13 +1112,11 @@ def _zygote_main(folder: str) -> None:
         while len(header := os.read(0, _HEADER.size)) == _HEADER.size:
             if not _serve(sandbox, trainer, *_HEADER.unpack(header)):
                 break
-    except BrokenPipeError:
-        pass
     except (OSError, MemoryError) as error:
         reason = getattr(error, "errno", errno.ENOMEM)
-        if reason not in _NO_ROOM:
+        if reason not in (*_NO_ROOM, errno.EPIPE):
             raise
-        sys.exit(reason)  # which tells the trainer
+        sys.exit(reason)  # which tells the trainer, if it lives
     finally:
         remove_tree(folder)
 
@@ -1145,7 +1140,7 @@ def _clear_stale(parent: str) -> None:
 def _serve(sandbox: _Sandbox, trainer: int, size: int, cpu: int, wall: int, room: int) -> bool:
     """One run and its reply. False if part of the request may still be in the pipe: then the zygote must end.
 
-    The child's output is kept in a mapping that is made after the fork and is gone before the next fork.
+    The child's output is kept in mappings that are made after the fork and are gone, with this frame, before the next.
     """
     with sandbox.folder() as rules:
         (report_in, report_out), (stdout_in, stdout_out) = os.pipe(), os.pipe()
@@ -1157,9 +1152,8 @@ def _serve(sandbox: _Sandbox, trainer: int, size: int, cpu: int, wall: int, room
                 os._exit(1)
         os.close(report_out)
         os.close(stdout_out)
-        kept = mmap.mmap(-1, room + 1 + 2 * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        view = memoryview(kept)
-        report, stdout, rest = view[: room + 1], view[room + 1 : -_PAGE], view[-_PAGE:]
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        report, stdout, rest = (memoryview(mmap.mmap(-1, size, flags=private)) for size in (room + 1, _PAGE, _PAGE))
         pipes = {report_in: report, stdout_in: stdout}
         stopped, status, used, reported, printed = _watch(sandbox, pid, pipes, rest, cpu, wall)
         files = " ".join(name for name in FILES if _reports_pass(os.path.join(sandbox.work, name))).encode()
@@ -1168,9 +1162,6 @@ def _serve(sandbox: _Sandbox, trainer: int, size: int, cpu: int, wall: int, room
             pass
     header = _REPLY.pack(stopped, status, used, reported, printed, len(files))
     os.writev(trainer, [header, report[:reported], stdout[:printed], files])
-    for part in (report, stdout, rest, view):
-        part.release()
-    kept.close()
     return reported > 0
 
 
