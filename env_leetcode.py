@@ -837,7 +837,7 @@ def close() -> None:
 
 
 def remove_tree(path: str, seconds: float = 10) -> None:
-    """Delete a folder, however deep or write-protected: what subfolders hold moves up. After `seconds` the rest stays."""
+    """Delete a folder, however deep (what subfolders hold moves up) or write-protected. After `seconds`, give up."""
     end = time.monotonic() + seconds
 
     def some(folder: str) -> list[os.DirEntry]:  # it may hold millions
@@ -932,9 +932,9 @@ rename:82:- renameat:264:38 renameat2:316:276 unlink:87:- unlinkat:263:35 open:2
 newfstatat:262:79 statx:332:291 faccessat:269:48 faccessat2:439:439 gettimeofday:96:169 getrlimit:97:163
 setrlimit:160:164 prlimit64:302:261 getrusage:98:165 sysinfo:99:179 times:100:153 getuid:102:174 getgid:104:176
 geteuid:107:175 getegid:108:177 getpgrp:111:- getpgid:121:155 getsid:124:156 futex:202:98 sched_getaffinity:204:123
-clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115
-getrandom:318:278 sigaltstack:131:132 restart_syscall:219:128 sendfile:40:71 copy_file_range:326:285 umask:95:166
-close_range:436:436 time:201:- getcpu:309:168 rt_sigpending:127:136 rt_sigsuspend:130:133 rt_sigtimedwait:128:137"""
+clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115 getrandom:318:278 sigaltstack:131:132 umask:95:166
+restart_syscall:219:128 sendfile:40:71 copy_file_range:326:285 close_range:436:436 time:201:- getcpu:309:168
+rt_sigpending:127:136 rt_sigsuspend:130:133 rt_sigtimedwait:128:137"""
 _ARCH = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column of the table, AUDIT_ARCH
 _ALL = _OWN = 0xFFFFFFFF  # all bits of an argument; the place of the child's own pid
 _LOAD, _EQUAL, _MASK, _DENY = 0x20, 0x15, 0x54, (6, 0, 0, 0x00050001)
