@@ -1050,7 +1050,7 @@ class _Sandbox:
         number = {entry[0]: int(entry[column]) for entry in entries if entry[column] != "-"}
         allow, nothing = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x00050000)
         steps = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, arch), (6, 0, 0, 0x80000000), (_LOAD, 0, 0, 0)]
-        for name in sorted(number, key=number.get):
+        for name in sorted(number, key=lambda name: name not in _ARGUMENTS):  # the kernel caches the others
             case = [*_ARGUMENTS.get(name, ()), nothing if name in _IDLE else allow]
             steps += [(_EQUAL, 0, len(case), number[name]), *case]
         self.program = b"".join(_STEP.pack(*step) for step in [*steps, _DENY])
