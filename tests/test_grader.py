@@ -588,7 +588,7 @@ ODD = [Case(name, code, correct=True) for name, code in {
     "recursion": solution("def f(i): return 0 if i == len(ys) else f(i + 1) + ys[i]\nys = [x * x for x in xs if x "
                           "% 2 == 0] + [0] * 20000\nreturn f(0)",
                                "import sys\nsys.setrecursionlimit(10**6)"),
-    "deep recursion through C": solution("f(20000 if sys.version_info < (3, 12) else 2000)\n" + right,  # Python's limit
+    "deep recursion through C": solution("f(20000 if sys.version_info < (3, 12) else 400)\n" + right,  # Python's limit
                                          "import sys\nfrom functools import lru_cache\nsys.setrecursionlimit(10**6)\n"
                                          "@lru_cache(None)\ndef f(n): return n and 1 + f(n - 1)"),
     "thread refused and "
