@@ -36,8 +36,10 @@ import atexit
 import copy
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import functools
+import itertools
 import json
 import marshal
 import math
@@ -370,6 +372,7 @@ def parse_test(source: str, method: str, in_place: bool = False, any_order: int 
 _PYTHON = re.compile(r"\{?\.?(python|py)[\d.]*(?=[\s:,{}=(]|$)")  # python, py3, python:file.py, python title=..
 _OTHER = re.compile(r"([\w+#.-]+(:\S*|\s+\S+=.*)?)?")  # another language, or none
 _SOLUTION = re.compile(r"^[ \t]*((class|def)[ \t]+Solution\b|Solution[ \t]*=)", re.MULTILINE)
+_DEFINED = re.compile(r"^(?:def|async def|class) +(\w+)|^([A-Z_\d]+) *=|^(?:from .*)?import +(.*)", re.MULTILINE)
 _MARGIN = re.compile(r"\s*(?:(?:[-*+]|\d+[.)])\s+)*")  # of a line: its indentation, with the marks of lists
 _THOUGHT = re.compile(r"(?<!`)<think>")  # not where prose names the tag
 
@@ -380,7 +383,8 @@ def extract_code(completion: str) -> str | None:
 
 
 def code_blocks(completion: str) -> list[str]:
-    """The fenced blocks up to the last one that defines Solution, or else all. Text without a fence is no code.
+    """The last fenced block that defines Solution, or else the last one; before it the blocks that define a function,
+    class, constant or import which it needs. Text without a fence is no code.
 
     A fence is one run of ``` (indented, after text, or at the start of a line also ~~~) that ends its line or stands
     before a language. Blocks of Python and of no language count. A block ends at a line that begins or ends with its
@@ -416,16 +420,31 @@ def code_blocks(completion: str) -> list[str]:
         first = next((line for line in block if line.strip()), "").lstrip("\ufeff")
         margin = first[: len(first) - len(first.lstrip())]
         codes.append("\n".join(line.removeprefix(margin) for line in block).lstrip("\ufeff"))
-    defining = [i for i, code in enumerate(codes, 1) if _SOLUTION.search(code)]
-    return codes[: defining[-1]] if defining else codes
+    defining = [i for i, code in enumerate(codes) if _SOLUTION.search(code)]
+    *earlier, code = codes[: defining[-1] + 1] if defining else codes or [""]
+    needed, lacking = [code], _words(code) - _defined(code)
+    for block in reversed(earlier):
+        if lacking & _defined(block):
+            needed.insert(0, block)
+            lacking = (lacking | _words(block)) - _defined(block)
+    return needed if codes else []
+
+
+def _words(code: str) -> set[str]:
+    return set(re.findall(r"\w+", code))
+
+
+def _defined(code: str) -> set[str]:
+    """What code defines at its top level: functions, classes, constants in capitals, imports."""
+    return _words(" ".join(" ".join(names) for names in _DEFINED.findall(code)))
 
 
 def grade(problem: Problem, completion: str) -> Verdict:
     """The verdict on one completion. Nothing that the completion does raises here or outlives the call."""
     too_long = len(completion) > 10 * MAX_CODE
     blocks = [""] if too_long else code_blocks(completion)
-    code = blocks[-1] if blocks else None
-    refusal = ("no code block" if code is None else
+    code = "\n".join(blocks)
+    refusal = ("no code block" if not blocks else
                f"over {10 * MAX_CODE} characters" if too_long else
                "NUL in the code" if "\0" in code else
                "lone surrogate in the code" if re.search("[\ud800-\udfff]", code) else
@@ -570,16 +589,18 @@ def main(config: Config) -> bool:
 #
 # A completion MAY compute (CPU, 1 GB of memory, 100 MB of stack), read Python's and the system's libraries, print,
 # and keep up to 64 plain files of up to 1 MB in a work folder that is made for the run and removed after it.
-# It can NOT read or write any other file, start a process or thread, reach the network, signal or inspect another
-# process, lock or lease a file or change its attributes, outlive its limits (a run ends when its CPU time, or the
-# time for which it neither computes nor waits for a CPU, is used up), take memory from the trainer (under pressure
-# the kernel kills the child first), leave anything behind, or learn an expected value: no child is sent one, nor
-# anything that one could be computed from but the answers' type and, beyond 256 kB, the order of magnitude of their
-# size. So two completions that conspire have nothing to tell each other.
-# It is NOT promised that they have no channel: access times, the page cache and the machine's load carry bits, and
-# stat() works outside (names, sizes and dates, no contents), since imports need it and neither Landlock nor seccomp
-# can tell one path from another there. Nor is it promised that the runner in the child tells the truth: see the top
-# of the file. The sandbox contains one user's training run. It is no virtual machine: a hole in the kernel is a hole.
+# It can NOT read or write any other file, start a process or thread, open a socket (so asyncio is refused, too), signal
+# or inspect another process, lock or lease a file or change its attributes, outlive its limits (a run ends when its
+# CPU time, or the time for which it neither computes nor waits for a CPU, is used up), take memory from the trainer
+# (under pressure the kernel kills the child first), leave a file or process behind, or learn an expected value: no
+# child is sent one, nor anything that one could be computed from but the answers' type and, beyond 256 kB, the order of
+# magnitude of their size. So two completions that conspire have nothing to tell each other.
+# It is NOT promised that they have no channel: access times, the page cache, the cache of names (also of files that do
+# not exist) and the machine's load carry bits, and stat() works outside (names, sizes and dates, no contents), since
+# imports need it and neither Landlock nor seccomp can tell one path from another there; that the trainer survives a
+# child's death by memory in a cgroup whose memory.oom.group is 1; that recursion 30,000 deep gets the same verdict from
+# each version of Python; or that the runner in the child tells the truth: see the top of the file.
+# The sandbox contains one user's training run. It is no virtual machine: a hole in the kernel is a hole.
 # Full strength needs Linux 5.13 with Landlock and seccomp, on x86_64 or aarch64 (Landlock itself guards ioctl from
 # 6.10 and signals from 6.12; before, seccomp alone does). Elsewhere, processes and resource limits remain:
 # protection() says what is in force after attacking it, and --sandbox require insists.
@@ -609,37 +630,40 @@ class Run:
     right: Sequence[bool] = ()  # filled in by the oracle: which calls returned the expected value
 
 
-def run_code(code: str, task: str, cpu: int, *, setup: bytes, method: str, calls: Sequence[bytes],
-             earlier: Sequence[str] = (), marker: str | None = None, decoys: Sequence = (), room: int = 1 << 20,
-             checked: bool = False) -> Run:
-    """Run `code` in a child, with `cpu` seconds of CPU and three times as many seconds of idle waiting.
+def run_code(blocks: list[str], task: str, cpu: int, *, setup: bytes, method: str, calls: Sequence[bytes],
+             marker: str | None = None, decoys: Sequence = (), room: int = 1 << 20, checked: bool = False) -> Run:
+    """Run blocks of code in a child, with `cpu` seconds of CPU and three times as many seconds of idle waiting.
 
-    `setup` (compiled and marshalled) runs first, in the same namespace, then the blocks of `earlier` that define what
-    `code` lacks. Then, by task:
+    `setup` (compiled and marshalled) runs first, then the blocks, in one namespace. Then, by task:
       oracle     Solution().method is called with each of `calls` (see Check), and encode() of the value, or in place
                  of the first argument after the call, is reported; a value that encode() refuses is compared with each
                  of `decoys`
       run_tests  the function `marker` is called once per decoy, while Solution().method returns the decoy
-    At most `room` bytes of report are taken. RuntimeError if the sandbox does not work at all.
+    At most `room` bytes of report are taken. A run for which the machine has no room (memory, processes, descriptors,
+    disk) is repeated for some seconds; then it is a failed one. RuntimeError if the sandbox does not work at all.
     """
     if not checked:
         _self_check()
     nonce = os.urandom(8).hex()
-    request = marshal.dumps((task, nonce, room, code, list(earlier), setup, method, marker, list(calls), list(decoys)))
-    for fresh in (False, True):  # if the zygote broke, the run is repeated once, in a new zygote
-        run, report = _exchange(request, cpu, room, fresh)
-        if report:
+    request = marshal.dumps((task, nonce, room, blocks, setup, method, marker, list(calls), list(decoys)))
+    run, report = _exchange(request, cpu, room)
+    for pause in _PAUSES:  # if the zygote broke, the run is repeated in a new one: once, or while there is no room
+        if report or pause and not run.stopped.startswith("no room"):
             break
-    if not report and not checked:  # did this completion break the sandbox, or does nothing run here any more?
-        _self_check.cache_clear()
-        _self_check()  # raises RuntimeError if nothing runs
-    run.code = code
+        time.sleep(pause)
+        run, report = _exchange(request, cpu, room, fresh=True)
+    if not report and not checked:
+        if not run.stopped.startswith("no room"):  # did this completion break the sandbox, or does nothing run now?
+            probe = run_code([""], "oracle", 10, setup=_compiled(""), method="", calls=[], checked=True)
+            if not probe.compiles and not probe.stopped.startswith("no room"):
+                raise RuntimeError(f"the sandbox does not run code here: {probe.stopped or probe.failure}")
+        print(f"env_leetcode: {run.stopped}; an answer is scored false", file=sys.stderr)
+    run.code = "\n".join(blocks)
     for line in report.decode("ascii", "replace").split("\n"):
         word, what, true, text = (line.split(" ", 3) + [""] * 3)[:4]
         if word != nonce:  # the child's runner did not write this: believe nothing from here on
             break
         run.compiles |= what == "compiled"
-        run.code = "\n".join([*earlier, code]) if what == "joined" else run.code
         run.passes |= what == "passed" and not run.stopped
         run.failure = text if what == "failed" else run.failure
         if what in ("value", "equal", "odd", "raised"):
@@ -727,7 +751,7 @@ _canonical_cpu: dict[tuple, float] = {}  # (id, canonical solution) -> its secon
 
 
 def _run_in_time(problem: Problem, blocks: list[str], task: str) -> Run:
-    """Run the last block with max(3 s, 4 x canonical) of CPU. The canonical is timed once a completion has used 3 s."""
+    """Run the blocks with max(3 s, 4 x canonical) of CPU. The canonical is timed once a completion has used 3 s."""
     key = problem.id, problem.canonical_solution
     given = dict(setup=_compiled(problem.setup_code), method=problem.func_name, calls=[t.call for t in problem.tests],
                  room=1 << max(20, (4 * sum(len(t.text) + 64 for t in problem.tests)).bit_length()))
@@ -736,11 +760,10 @@ def _run_in_time(problem: Problem, blocks: list[str], task: str) -> Run:
     def limit() -> int:
         return max(MIN_CPU, int(4 * _canonical_cpu.get(key, 0) + 0.999))
 
-    *earlier, code = blocks
-    attempt = functools.partial(run_code, code, task, earlier=earlier, marker=problem.marker, decoys=decoys, **given)
+    attempt = functools.partial(run_code, blocks, task, marker=problem.marker, decoys=decoys, **given)
     run = attempt(first := limit())
     if run.stopped.startswith("timeout") and key not in _canonical_cpu:
-        canonical = run_code(problem.canonical_solution, "oracle", 60, **given)
+        canonical = run_code([problem.canonical_solution], "oracle", 60, **given)
         _canonical_cpu[key] = 0 if canonical.stopped else canonical.cpu
     return attempt(limit()) if run.stopped and limit() > first else run
 
@@ -756,6 +779,8 @@ _REPLY = struct.Struct("!iid3I")  # index into _STOPPED, wait status, seconds of
 _STOPPED = ("", "timeout after {cpu} s of CPU", "timeout after {wall} s on the clock", "too many files",
             "too long a report", "killed by the system")  # fmt: skip
 _TOO_MUCH_CPU, _TOO_LATE, _TOO_MANY_FILES, _TOO_LONG, _KILLED = range(1, 6)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_PAUSES = (0, 1, 2, 4)  # seconds before each repetition of a run
 
 
 def work_root() -> str:
@@ -767,7 +792,9 @@ def work_root() -> str:
 
 
 class _Zygote:
-    """A process that forks a child for each request. Used by one thread at a time."""
+    """A process that forks a child for each request. Used by one thread at a time. OSError if it ends."""
+
+    layers: dict[str, int] = {}  # name -> the kernel's version, 0: none
 
     def __init__(self):
         # The zygote makes its folder itself: a trainer that dies at this moment leaves none behind. No -I: that ignores
@@ -780,7 +807,10 @@ class _Zygote:
             [sys.executable, "-S", "-s", "-B", os.path.abspath(__file__), "--zygote", self.folder], cwd="/",
             env=needed | fresh, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
         try:
-            _Zygote.layers = json.loads(self.process.stdout.readline() or "{}")  # name -> the kernel's version, 0: none
+            layers = json.loads(self._whole(self.process.stdout.readline(), 1))
+            if any(layers[name] < found for name, found in _Zygote.layers.items()):  # a call failed for want of memory
+                raise OSError(errno.ENOMEM, "the sandbox has fewer layers than before")
+            _Zygote.layers = layers
         except BaseException:
             self.close()
             raise
@@ -796,11 +826,19 @@ class _Zygote:
         poll.register(self.process.stdout, select.POLLIN)
         return bool(poll.poll(1000 * seconds))
 
+    def _whole(self, data: bytes, size: int) -> bytes:
+        """These bytes, if they are so many at least. OSError with the zygote's reason if it ended before."""
+        if len(data) < size:
+            status = self.process.wait()
+            raise OSError(errno.ENOMEM if status == -signal.SIGKILL else status, "the zygote ended")
+        return data
+
     def receive(self) -> tuple[Run, bytes]:
-        stopped, status, cpu, *sizes = _REPLY.unpack(self.process.stdout.read(_REPLY.size))
-        report, stdout, files = map(self.process.stdout.read, sizes)
-        if not report or len(files) < sizes[-1]:
-            raise OSError("the child died before it had its request, or the zygote in the middle of a reply")
+        read = self.process.stdout.read
+        stopped, status, cpu, *sizes = _REPLY.unpack(self._whole(read(_REPLY.size), _REPLY.size))
+        report, stdout, files = (self._whole(read(size), size) for size in sizes)
+        if not report:
+            raise OSError("the child died before it had its request")
         status = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
         return Run(_STOPPED[stopped].format(**self.limits), status, cpu, stdout, files.decode().split()), report
 
@@ -812,8 +850,7 @@ class _Zygote:
         except (OSError, ValueError, subprocess.TimeoutExpired):
             self.process.kill()
             self.process.wait()
-        if os.path.isdir(self.folder):
-            remove_tree(self.folder)
+        remove_tree(self.folder)
 
 
 _idle: list[_Zygote] = []
@@ -850,21 +887,25 @@ def background(threads: int = 1, **options: Any) -> Iterator[ThreadPoolExecutor]
         pool.shutdown()
 
 
-def _exchange(request: bytes, cpu: int, room: int, fresh: bool) -> tuple[Run, bytes]:
+def _exchange(request: bytes, cpu: int, room: int, fresh: bool = False) -> tuple[Run, bytes]:
     """Have a zygote (if `fresh`, a new one) run a request. A zygote that breaks is ended, and the report is empty."""
     cores = getattr(_thread, "cores", None)  # of the batch, if this thread works for one
+
+    def end_if_interrupted() -> None:
+        if cores and cores not in _batches:
+            raise RuntimeError("the batch was interrupted")
+
     with ExitStack() as turn:
         if cores:
             turn.enter_context(cores)
+        zygote, healthy = None, False  # so it stays if a Ctrl-C comes between a request and its reply
         try:
-            zygote = _Zygote() if fresh else _idle.pop()
-        except IndexError:
-            zygote = _Zygote()
-        _busy.add(zygote)
-        healthy = False  # so it stays if a Ctrl-C comes between a request and its reply
-        try:
-            if cores and cores not in _batches:
-                raise RuntimeError("the batch was interrupted")
+            end_if_interrupted()  # before a zygote starts; and again when background() can kill it
+            with suppress(IndexError):
+                zygote = None if fresh else _idle.pop()
+            zygote = zygote or _Zygote()
+            _busy.add(zygote)
+            end_if_interrupted()
             zygote.send(request, cpu, room)
             if not zygote.answers(0.5):
                 turn.close()  # a slow run lets the next one start
@@ -873,13 +914,14 @@ def _exchange(request: bytes, cpu: int, room: int, fresh: bool) -> tuple[Run, by
             answer = zygote.receive()
             healthy = True
             return answer
-        except (OSError, struct.error):
-            return Run("the sandbox broke", None, 0.0), b""
+        except OSError as error:
+            lack = f"no room for a sandbox: {os.strerror(error.errno)}" if error.errno in _NO_ROOM else ""
+            return Run(lack or "the sandbox broke", None, 0.0), b""
         finally:
             _busy.discard(zygote)
             if healthy:
                 _idle.append(zygote)
-            else:
+            elif zygote:
                 zygote.close(kill=True)
 
 
@@ -890,23 +932,30 @@ def close() -> None:
         _idle.pop().close()
 
 
-def remove_tree(path: str) -> None:
-    """Delete a folder, however deep or write-protected: the contents of subfolders are moved up until none is left."""
-    count, prefix = 0, os.path.join(path, os.urandom(8).hex())
-    os.chmod(path, 0o700)
-    while entries := list(os.scandir(path)):
-        for entry in entries:
-            if not entry.is_dir(follow_symlinks=False):
-                os.unlink(entry.path)
-                continue
-            os.chmod(entry.path, 0o700)
-            for inner in list(os.scandir(entry.path)):
-                if inner.is_dir(follow_symlinks=False):
-                    os.chmod(inner.path, 0o700)
-                os.rename(inner.path, f"{prefix}{count}")
-                count += 1
-            os.rmdir(entry.path)
-    os.rmdir(path)
+def remove_tree(path: str, seconds: float = 10) -> None:
+    """Delete a folder, however deep (what subfolders hold moves up) or write-protected. After `seconds`, give up."""
+    end = time.monotonic() + seconds
+
+    def some(folder: str) -> list[os.DirEntry]:  # it may hold millions
+        os.chmod(folder, 0o700)
+        with os.scandir(folder) as entries:
+            return list(itertools.islice(entries, 1000))
+
+    with suppress(OSError):
+        while entries := some(path):
+            for entry in entries:
+                if time.monotonic() > end:
+                    return
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                    continue
+                for inner in some(entry.path):
+                    if inner.is_dir(follow_symlinks=False):
+                        os.chmod(inner.path, 0o700)
+                    os.rename(inner.path, os.path.join(path, os.urandom(8).hex()))
+                with suppress(OSError):  # if it held more
+                    os.rmdir(entry.path)
+        os.rmdir(path)
 
 
 # What the self-check tries from inside; each attack must be refused.
@@ -939,7 +988,7 @@ def _self_check() -> tuple[dict, str]:
     """Attack the sandbox from inside. Returns (layers that the zygote found, attacks that got through)."""
     with tempfile.NamedTemporaryFile(prefix="vgrout-") as outside:
         call = marshal.dumps(((outside.name, os.getpid()), {}, False, 0))
-        run = run_code(_ATTACKS, "oracle", 10, setup=_compiled(""), method="attack", calls=[call], checked=True)
+        run = run_code([_ATTACKS], "oracle", 10, setup=_compiled(""), method="attack", calls=[call], checked=True)
     if not run.calls:
         raise RuntimeError(f"the sandbox does not run code here: {run.stopped or run.failure or 'no answer from it'}")
     layers, broke = _Zygote.layers, run.calls[0].text.strip("[]").replace("'", "")
@@ -979,22 +1028,54 @@ rename:82:- renameat:264:38 renameat2:316:276 unlink:87:- unlinkat:263:35 open:2
 newfstatat:262:79 statx:332:291 faccessat:269:48 faccessat2:439:439 gettimeofday:96:169 getrlimit:97:163
 setrlimit:160:164 prlimit64:302:261 getrusage:98:165 sysinfo:99:179 times:100:153 getuid:102:174 getgid:104:176
 geteuid:107:175 getegid:108:177 getpgrp:111:- getpgid:121:155 getsid:124:156 futex:202:98 sched_getaffinity:204:123
-set_robust_list:273:99 rseq:334:293 clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115
-getrandom:318:278 sigaltstack:131:132 restart_syscall:219:128 sendfile:40:71 copy_file_range:326:285 membarrier:324:283
-umask:95:166 close_range:436:436 time:201:- getcpu:309:168 rt_sigpending:127:136 rt_sigsuspend:130:133
-rt_sigtimedwait:128:137"""
+clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115 getrandom:318:278 sigaltstack:131:132 umask:95:166
+restart_syscall:219:128 sendfile:40:71 copy_file_range:326:285 close_range:436:436 time:201:- getcpu:309:168
+rt_sigpending:127:136 rt_sigsuspend:130:133 rt_sigtimedwait:128:137"""
 _ARCH = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column of the table, AUDIT_ARCH
-# These calls only with one of these values of an argument: (position, values). Leases, locks, owners of signals,
-# hints and attributes of files reach beyond the process, and kernels bring new ones, so the list is of what is allowed.
+_ALL = _OWN = 0xFFFFFFFF  # all bits of an argument; the place of the child's own pid
+_LOAD, _EQUAL, _MASK, _DENY = 0x20, 0x15, 0x54, (6, 0, 0, 0x00050001)
+_STEP = struct.Struct("=HBBI")  # operation, steps to skip if true and if false, operand
+
+
+def _one_of(position: int, *values: int, bits: int = _ALL) -> list[tuple]:
+    """Steps of the filter: go on if (argument & bits) is one of `values`, else EPERM."""
+    tests = [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
+    return [(_LOAD, 0, 0, 16 + 8 * position), (_MASK, 0, 0, bits), *tests, _DENY]
+
+
+def _flags(position: int, known: int) -> list[tuple]:
+    return _one_of(position, 0, bits=_ALL & ~known)
+
+
+# No O_TMPFILE, O_SYNC, O_DIRECT, O_PATH, O_ASYNC. 0x28000: O_LARGEFILE and O_NOFOLLOW, in either order.
+_OPEN = 0x28003 | sum(getattr(os, "O_" + name, 0) for name in
+                      "CREAT EXCL NOCTTY TRUNC APPEND NONBLOCK DIRECTORY CLOEXEC".split())  # fmt: skip
+
+
+def _open(position: int) -> list[tuple]:
+    """Landlock lets access mode 3 open every file, and old ones truncate what is opened for reading."""
+    trunc = os.O_TRUNC
+    return _flags(position, _OPEN) + _one_of(position, 0, 1, 2, trunc | 1, trunc | 2, bits=trunc | 3)
+
+
+# What these calls may be given: their own process, common clocks, known flags. Leases, locks, owners of signals, hints
+# and attributes of files reach beyond the process, and kernels bring new ones, so the list is of what is allowed.
+_CLOCK, _MINE = _one_of(0, *range(12)), _one_of(0, 0, _OWN)  # not the CPU time of another process
 _ARGUMENTS = {
-    "prlimit64": (0, [0]),  # itself
-    "clock_gettime": (0, [*range(12)]),  # not the CPU time of another process
-    "fcntl": (1, [0, 1, 2, 3, 4, 1030]),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC
-    "ioctl": (1, [0x5401, 0x802C542A, 0x5413, 0x5450, 0x5451, 0x541B, 0x5421]),  # TCGETS, TCGETS2, TIOCGWINSZ, FIO...
+    "prlimit64": _MINE, "getpgid": _MINE, "getsid": _MINE, "sched_getaffinity": _MINE,
+    "clock_gettime": _CLOCK, "clock_getres": _CLOCK, "clock_nanosleep": _CLOCK + _flags(1, 1),
+    "open": _open(1), "openat": _open(2),
+    "fcntl": [*_one_of(1, 0, 1, 2, 3, 1030, 4),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_SETFL
+              (_EQUAL, 0, 4, 4), *_flags(2, _OPEN)],  # F_SETFL alone has flags
+    "ioctl": _one_of(1, 0x5401, 0x802C542A, 0x5413, 0x5450, 0x5451, 0x541B, 0x5421),  # TCGETS.., TIOCGWINSZ, FIO..
+    "renameat2": _one_of(4, 0, 1, 2),  # a whiteout would be a file that inotify does not see
+    "newfstatat": _flags(3, 0x1900), "statx": _flags(2, 0x1900), "faccessat2": _flags(3, 0x1300),
+    "pipe2": _flags(1, os.O_CLOEXEC | os.O_NONBLOCK), "dup3": _flags(2, os.O_CLOEXEC), "close_range": _flags(2, 4),
+    "unlinkat": _flags(2, 0), "copy_file_range": _flags(5, 0), "getrandom": _flags(2, 1),
+    "mmap": _flags(3, 0x13D873), "mremap": _flags(3, 3),  # no huge or locked pages
+    "madvise": _one_of(2, 0, 1, 2, 3, 4, 8),  # none that merges pages, or evicts those of a library
+    "futex": _one_of(1, 128, 129, 131, 132, 133, 137, 138, bits=_ALL & ~256),  # private ones without an owner's pid
 }  # fmt: skip
-# No O_TMPFILE, O_SYNC, O_DIRECT, O_PATH, O_ASYNC; and no O_TRUNC without O_WRONLY, which old Landlocks let pass.
-_OPEN = 3 | sum(getattr(os, "O_" + name, 0) for name in
-                "CREAT EXCL NOCTTY TRUNC APPEND NONBLOCK DIRECTORY NOFOLLOW CLOEXEC LARGEFILE".split())  # fmt: skip
 _IDLE = ("fsync", "fdatasync", "msync")  # succeed and do nothing: nothing here must last, and waiting costs no CPU
 
 
@@ -1003,7 +1084,7 @@ class _Sandbox:
 
     def __init__(self, work: str):
         self.work, self.zygote, self.readable = work, os.getpid(), []
-        self.abi, self.filter, self.changes, self.watch = 0, None, -1, -1
+        self.abi, self.program, self.changes, self.watch = 0, b"", -1, -1
         if not sys.platform.startswith("linux"):
             return
         self.libc = ctypes.CDLL(None)
@@ -1020,7 +1101,7 @@ class _Sandbox:
             if self.abi and os.path.exists(path):
                 self.readable.append((os.open(path, os.O_PATH | os.O_CLOEXEC), right))
         self._make_filter()
-        for layer in ("filter", "abi", "abi"):  # a kernel or container may refuse what it announces
+        for layer in ("program", "abi", "abi"):  # a kernel or container may refuse what it announces
             with self.folder() as rules:
                 pid = os.fork()
                 if pid == 0:
@@ -1031,7 +1112,7 @@ class _Sandbox:
                         os._exit(1)
                 if os.waitpid(pid, 0)[1] == 0:
                     break
-            setattr(self, layer, 0)
+            setattr(self, layer, type(getattr(self, layer))())  # b"" or 0
 
     @contextmanager
     def folder(self) -> Iterator[int]:
@@ -1054,10 +1135,7 @@ class _Sandbox:
         finally:
             if rules >= 0:
                 os.close(rules)
-            try:
-                os.rmdir(self.work)
-            except OSError:
-                remove_tree(self.work)
+            remove_tree(self.work)
 
     def _make_filter(self) -> None:
         """seccomp: a foreign architecture kills, listed calls with listed arguments pass, the rest is EPERM."""
@@ -1066,24 +1144,12 @@ class _Sandbox:
             return
         entries = [entry.split(":") for entry in _SYSCALLS.split()]
         number = {entry[0]: int(entry[column]) for entry in entries if entry[column] != "-"}
-        load, equal, any_of, mask = 0x20, 0x15, 0x45, 0x54
-        allow, deny, nothing = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x00050001), (6, 0, 0, 0x00050000)
-        steps = [(load, 0, 0, 4), (equal, 1, 0, arch), (6, 0, 0, 0x80000000), (load, 0, 0, 0)]
-        for name in sorted(number, key=number.get):
-            case = [allow]
-            if name in _IDLE:
-                case = [nothing]
-            elif name in _ARGUMENTS:
-                position, values = _ARGUMENTS[name]
-                tests = [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
-                case = [(load, 0, 0, 16 + 8 * position), *tests, deny, allow]
-            elif name in ("open", "openat"):
-                case = [(load, 0, 0, 24 if name == "open" else 32), (any_of, 2, 0, ~_OPEN & 0xFFFFFFFF),
-                        (mask, 0, 0, os.O_TRUNC | 3), (equal, 0, 1, os.O_TRUNC), deny, allow]  # fmt: skip
-            steps += [(equal, 0, len(case), number[name]), *case]
-        steps.append(deny)
-        self.program = b"".join(struct.pack("=HBBI", *step) for step in steps)
-        self.filter = struct.pack("@HP", len(steps), ctypes.cast(self.program, ctypes.c_void_p).value)
+        allow, nothing = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x00050000)
+        steps = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, arch), (6, 0, 0, 0x80000000), (_LOAD, 0, 0, 0)]
+        for name in sorted(number, key=lambda name: name not in _ARGUMENTS):  # the kernel caches the others
+            case = [*_ARGUMENTS.get(name, ()), nothing if name in _IDLE else allow]
+            steps += [(_EQUAL, 0, len(case), number[name]), *case]
+        self.program = b"".join(_STEP.pack(*step) for step in [*steps, _DENY])
 
     def tie(self) -> None:
         """Let the calling child die with its zygote, from its first moment on."""
@@ -1108,8 +1174,10 @@ class _Sandbox:
         self.libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
         if self.abi and self.libc.syscall(446, rules, 0):  # landlock_restrict_self
             raise RuntimeError("Landlock")
-        if self.filter and self.libc.prctl(22, 2, self.filter, 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-            raise RuntimeError("seccomp")
+        program = self.program.replace(_STEP.pack(_EQUAL, 1, 0, _OWN), _STEP.pack(_EQUAL, 1, 0, os.getpid()))
+        address = ctypes.cast(program, ctypes.c_void_p).value
+        if program and self.libc.prctl(22, 2, struct.pack("@HP", len(program) // 8, address), 0, 0):
+            raise RuntimeError("seccomp")  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 # ---- the zygote -----------------------------------------------------------------------------------------------------
@@ -1135,16 +1203,18 @@ def _zygote_main(folder: str) -> None:
         _clear_stale(os.path.dirname(folder))
         sandbox = _Sandbox(os.path.join(folder, "work"))
         trainer = os.dup(1)
-        os.write(trainer, json.dumps({"Landlock": sandbox.abi, "seccomp": int(bool(sandbox.filter))}).encode() + b"\n")
+        os.write(trainer, json.dumps({"Landlock": sandbox.abi, "seccomp": int(bool(sandbox.program))}).encode() + b"\n")
         gc.freeze()
         while len(header := os.read(0, _HEADER.size)) == _HEADER.size:
             if not _serve(sandbox, trainer, *_HEADER.unpack(header)):
                 break
-    except BrokenPipeError:
-        pass
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "errno", errno.ENOMEM)
+        if reason not in (*_NO_ROOM, errno.EPIPE):
+            raise
+        sys.exit(reason)  # which tells the trainer, if it lives
     finally:
-        if os.path.isdir(folder):
-            remove_tree(folder)
+        remove_tree(folder)
 
 
 def _clear_stale(parent: str) -> None:
@@ -1166,7 +1236,7 @@ def _clear_stale(parent: str) -> None:
 def _serve(sandbox: _Sandbox, trainer: int, size: int, cpu: int, wall: int, room: int) -> bool:
     """One run and its reply. False if part of the request may still be in the pipe: then the zygote must end.
 
-    The child's output is kept in a mapping that is made after the fork and is gone before the next fork.
+    The child's output is kept in mappings that are made after the fork and are gone, with this frame, before the next.
     """
     with sandbox.folder() as rules:
         (report_in, report_out), (stdout_in, stdout_out) = os.pipe(), os.pipe()
@@ -1178,9 +1248,8 @@ def _serve(sandbox: _Sandbox, trainer: int, size: int, cpu: int, wall: int, room
                 os._exit(1)
         os.close(report_out)
         os.close(stdout_out)
-        kept = mmap.mmap(-1, room + 1 + 2 * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        view = memoryview(kept)
-        report, stdout, rest = view[: room + 1], view[room + 1 : -_PAGE], view[-_PAGE:]
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        report, stdout, rest = (memoryview(mmap.mmap(-1, size, flags=private)) for size in (room + 1, _PAGE, _PAGE))
         pipes = {report_in: report, stdout_in: stdout}
         stopped, status, used, reported, printed = _watch(sandbox, pid, pipes, rest, cpu, wall)
         files = " ".join(name for name in FILES if _reports_pass(os.path.join(sandbox.work, name))).encode()
@@ -1189,9 +1258,6 @@ def _serve(sandbox: _Sandbox, trainer: int, size: int, cpu: int, wall: int, room
             pass
     header = _REPLY.pack(stopped, status, used, reported, printed, len(files))
     os.writev(trainer, [header, report[:reported], stdout[:printed], files])
-    for part in (report, stdout, rest, view):
-        part.release()
-    kept.close()
     return reported > 0
 
 
@@ -1325,8 +1391,8 @@ def _child(sandbox: _Sandbox, rules: int, size: int, cpu: int, report_fd: int, s
     _run_code(*arguments)
 
 
-def _run_code(task: str, nonce: str, room: int, code: str, earlier: list[str], setup: bytes, method: str,
-              marker: str | None, calls: list[bytes], decoys: list) -> None:
+def _run_code(task: str, nonce: str, room: int, blocks: list[str], setup: bytes, method: str, marker: str | None,
+              calls: list[bytes], decoys: list) -> None:
     """In the sandbox: compile, execute, make the calls, with a line of report for each; exit. Tasks: see run_code().
 
     The code that it runs can change all of this. So it knows nothing worth stealing, and its report decides `correct`
@@ -1367,13 +1433,12 @@ def _run_code(task: str, nonce: str, room: int, code: str, earlier: list[str], s
     module = sys.modules["solution"] = types.ModuleType("solution")
     names = module.__dict__
     try:
-        program = compile(code, "<solution>", "exec", dont_inherit=True)
+        *earlier, program = [compile(block, "<solution>", "exec", dont_inherit=True) for block in blocks]
         report("compiled")
         exec(marshal.loads(setup), names)
-        for block in _needed(earlier, code, names) if earlier else ():
-            report("joined", now=False)
-            with suppress(Exception):  # as in a draft that is tried out: what stands before is defined
-                exec(compile(block, "<solution>", "exec", dont_inherit=True), names)
+        for block in earlier:
+            with suppress(Exception):  # an example that fails, say, before Solution is there
+                exec(block, names)
         exec(program, names)
         if task == "run_tests":
             for value in decoys:
@@ -1411,28 +1476,6 @@ def _run_code(task: str, nonce: str, room: int, code: str, earlier: list[str], s
     except BaseException as error:
         end(error)
     end()
-
-
-def _needed(earlier: list[str], code: str, names: dict) -> list[str]:
-    """The blocks of `earlier` that define a global name which `code`, or a later one of them, uses and nothing else,
-    such as `names`, defines. Nothing of the completion has run yet."""
-    import builtins
-    import symtable
-
-    needed, missing = [], set()
-    for block in [code, *reversed(earlier)]:
-        if needed and not missing:
-            break
-        with suppress(SyntaxError, ValueError, MemoryError, RecursionError):
-            scopes = [symtable.symtable(block, "<solution>", "exec")]
-            made = {s.get_name() for s in scopes[0].get_symbols() if s.is_assigned() or s.is_imported()}
-            if not needed or made & missing:
-                needed.insert(0, block)
-                for scope in scopes:
-                    scopes += scope.get_children()
-                    missing |= {s.get_name() for s in scope.get_symbols() if s.is_global()}
-                missing -= {*made, *names, *dir(builtins)}
-    return needed[:-1]
 
 
 if IS_ZYGOTE:

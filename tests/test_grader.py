@@ -5,6 +5,7 @@ CANARY in the code becomes the path of a file outside the sandbox that must not 
 """
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -54,8 +55,8 @@ def attempt(action: str, before: str = "") -> str:
     return solution(f"try:\n{tried}\n    return 'done'\nexcept (PermissionError, BlockingIOError):\n    return "
                     f"'refused'",
                     "import ctypes, errno, fcntl, mmap, os, resource, signal, socket, struct, sys, time\n"
-                    "def call(*args):\n    libc = ctypes.CDLL(None, use_errno=True)\n    if libc.syscall(*args) == "
-                    "-1:\n"
+                    "def call(*args):\n    libc = ctypes.CDLL(None, use_errno=True)\n"
+                    "    if libc.syscall(*[ctypes.c_long(a) if type(a) is int else a for a in args]) == -1:\n"
                     "        raise OSError(ctypes.get_errno(), 'syscall')\n" + before)  # fmt: skip
 
 
@@ -421,6 +422,83 @@ HOST = [Case(name, attempt(action), note="refused") for name, action in {
     bad("secrets in the environment", solution("import os\nreturn sorted(os.environ)"), note="LC_ALL"),
 ]
 
+# Calls by name and arguments, AT_FDCWD = -100. `other` is the zygote, `own` the child itself.
+REFUSED = {
+    "whiteout": "renameat2, -100, x, -100, y, 4",
+    "unknown kind of rename": "renameat2, -100, x, -100, y, 8",
+    "removal of a folder": "unlinkat, -100, x, 0x200",
+    "CPU time of another process, its resolution": "clock_getres, ~other << 3 | 2, buffer",
+    "CPU time of another thread": "clock_gettime, ~other << 3 | 6, buffer",
+    "sleep by the CPU time of another process": "clock_nanosleep, ~other << 3 | 2, 0, zero, 0",
+    "clock of a device": "clock_gettime, ~0 << 3 | 3, buffer",
+    "unknown clock": "clock_getres, 16, buffer",
+    "unknown flag of a sleep": "clock_nanosleep, 1, 2, zero, 0",
+    "session of another process": "getsid, other",
+    "group of another process": "getpgid, other",
+    "processors of another process": "sched_getaffinity, other, 128, buffer",
+    "limits of another process, read": "prlimit64, other, 7, 0, buffer",
+    "file that needs no right": "openat, -100, b'/etc/passwd', 3",
+    "device that needs no right": "openat, -100, b'/dev/tty', 3",
+    "truncation that needs no right": "openat, -100, x, 0x203",
+    "direct access, later": "fcntl, 0, 4, os.O_DIRECT",
+    "signals for a pipe, later": "fcntl, 1, 4, 0x2000",
+    "no access times, later": "fcntl, 0, 4, 0x40000",
+    "huge pages": "mmap, 0, 4096, 3, 0x40022, -1, 0",
+    "locked pages": "mmap, 0, 4096, 3, 0x2022, -1, 0",
+    "unknown kind of mapping": "mmap, 0, 4096, 3, 0x28, -1, 0",
+    "move that leaves a mapping": "mremap, page, 4096, 4096, 5, 0",
+    "pages shared with other processes": "madvise, page, 4096, 12",
+    "pages evicted": "madvise, page, 4096, 21",
+    "hole in a file": "madvise, page, 4096, 9",
+    "futex with another owner": "futex, buffer, 6 | 128, 0, 0",
+    "futex shared with other processes": "futex, buffer, 1, 1",
+    "pipe of packets": "pipe2, buffer, os.O_DIRECT",
+    "pipe of notices": "pipe2, buffer, 0x80",
+    "unknown flag of dup3": "dup3, 1, 9, 0x800",
+    "stat that asks a server": "newfstatat, -100, x, buffer, 0x2000",
+    "statx that asks a server": "statx, -100, x, 0x2000, 0x7ff, buffer",
+    "unknown flag of faccessat2": "faccessat2, -100, x, 0, 0x2000",
+    "descriptors unshared": "close_range, 50, 60, 2",
+    "unknown flag of copy_file_range": "copy_file_range, 0, 0, 1, 0, 1, 1",
+    "blocking randomness": "getrandom, buffer, 8, 2",
+}  # fmt: skip
+PASSED = """renameat2, -100, x, -100, y, 1; renameat2, -100, y, -100, x, 0; renameat2, -100, x, -100, x, 2;
+getsid, 0; getsid, own; getpgid, 0; getpgid, own; sched_getaffinity, 0, 128, buffer;
+sched_getaffinity, own, 128, buffer; prlimit64, 0, 7, 0, buffer; prlimit64, own, 7, 0, buffer;
+clock_getres, 0, buffer; clock_gettime, 3, buffer;
+clock_nanosleep, 1, 0, zero, 0; clock_nanosleep, 0, 1, zero, 0; openat, -100, x, 0x80442, 0o600; openat, -100, x, 0x201;
+openat, -100, x, 0x28000; fcntl, 0, 4, 0x8c00; fcntl, 0, 3, -1; fcntl, 0, 0, 9; fcntl, 0, 2, -1;
+mmap, 0, 4096, 3, 0x22, -1, 0; mmap, 0, 4096, 3, 0x2c021, -1, 0; mremap, page, 4096, 4096, 1, 0;
+madvise, page, 4096, 4; futex, buffer, 129, 1; futex, buffer, 0x189, 1, 0, 0, -1; pipe2, buffer, 0x80800;
+dup3, 1, 9, 0x80000; newfstatat, -100, x, buffer, 0x1900; statx, -100, x, 0x100, 0x7ff, buffer;
+faccessat2, -100, x, 0, 0x300; close_range, 50, 60, 0; close_range, 50, 60, 4; copy_file_range, 0, 0, 1, 0, 1, 0;
+getrandom, buffer, 8, 0; getrandom, buffer, 8, 1; unlinkat, -100, x, 0"""
+LISTED = {machine: {entry.split(":")[0]: int(entry.split(":")[column]) for entry in env._SYSCALLS.split()
+                    if entry.split(":")[column] != "-"} for machine, (column, _) in env._ARCH.items()}
+NUMBERS = LISTED.get(os.uname().machine, {})
+
+
+def by_name(text: str) -> str:
+    name, _, arguments = text.strip().partition(", ")
+    return f"call({NUMBERS.get(name, 0)}, {arguments})"
+
+
+_THINGS = """
+x, y, buffer, zero, other, own = b'x', b'y', ctypes.create_string_buffer(4096), bytes(16), os.getppid(), os.getpid()
+held = mmap.mmap(-1, 8192)
+page = ctypes.addressof(ctypes.c_char.from_buffer(held))
+open('x', 'w').close()
+"""
+# 335 and 336 (uretprobe, uprobe) pass every filter of seccomp, and kill who makes them elsewhere than in a probe.
+_UNLISTED = f"""for number in {{*range(600)}} - {{335, 336, *{sorted(NUMBERS.values())}}}:
+    try: call(number, 0, 0, 0, 0, 0, 0)
+    except PermissionError: continue
+    raise ValueError(number)
+raise PermissionError"""
+HOST += [Case(name, attempt(by_name(text), _THINGS), note="refused") for name, text in REFUSED.items()] + [
+    Case("every call that is not listed", attempt(_UNLISTED), note="refused"),
+    Case("asyncio", attempt("import asyncio\nasyncio.run(asyncio.sleep(0))"), note="refused")]
+
 FENCE = "```"
 TEXT = [Case(name, "", text=text, compiles=compiles, correct=correct) for name, text, compiles, correct in [
     ("empty", "", NO, NO),
@@ -510,7 +588,7 @@ ODD = [Case(name, code, correct=True) for name, code in {
     "recursion": solution("def f(i): return 0 if i == len(ys) else f(i + 1) + ys[i]\nys = [x * x for x in xs if x "
                           "% 2 == 0] + [0] * 20000\nreturn f(0)",
                                "import sys\nsys.setrecursionlimit(10**6)"),
-    "deep recursion through C": solution("f(20000)\n" + right,
+    "deep recursion through C": solution("f(20000 if sys.version_info < (3, 12) else 400)\n" + right,  # Python's limit
                                          "import sys\nfrom functools import lru_cache\nsys.setrecursionlimit(10**6)\n"
                                          "@lru_cache(None)\ndef f(n): return n and 1 + f(n - 1)"),
     "thread refused and "
@@ -563,6 +641,15 @@ ODD = [Case(name, code, correct=True) for name, code in {
     "second": solution("import time\nt = time.process_time()\nwhile not xs and time.process_time() < t + 0.5: "
                        "pass\n" + right),
     "400 MB of memory": solution("y = bytearray(0 if xs else 400_000_000)\n" + right),
+    "calls with known flags, and about itself": solution(right, attempt("pass", _THINGS) + "".join(
+        f"try: {by_name(text)}\nexcept PermissionError: raise\nexcept OSError: pass\n" for text in PASSED.split(";"))),
+    "groups, clocks and locks of its own": solution("os.getpgid(0), os.getsid(os.getpid()), os.sched_getaffinity(0)\n"
+        "time.get_clock_info('process_time'), time.clock_getres(time.CLOCK_MONOTONIC), time.sleep(0.001)\n"
+        "threading.Lock().acquire(timeout=0.01), threading.Event().wait(0.01)\n" + right, "import os, threading, time"),
+    "modes of a descriptor": solution("fd = os.open('x', os.O_RDWR | os.O_CREAT | os.O_APPEND)\n"
+        "fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NONBLOCK)\nos.dup2(fd, 9, False)\n"
+        "os.access('x', os.R_OK, effective_ids=True), os.stat('x', follow_symlinks=False), os.stat(fd)\n"
+        "os.replace('x', 'y'), os.getrandom(8), os.closerange(40, 50)\n" + right, "import fcntl, os"),
     "warnings": solution(right, "import warnings\nwarnings.simplefilter('error')\nx = '\\d'"),
 }.items()]  # fmt: skip
 
@@ -625,6 +712,35 @@ def test_case(case: Case, problem: env.Problem, canary: Path):
     assert not os.path.exists("/dev/shm/vgrout") and not os.path.exists(tempfile.gettempdir() + "/vgrout-canary")
     assert nothing_left()
     assert env.grade(problem, fenced(HONEST)).correct
+
+
+def passes(program: bytes, arch: int, number: int, *arguments: int) -> bool:
+    """Does a seccomp filter let a call pass? As the kernel runs it."""
+    padded = [argument & (1 << 64) - 1 for argument in (*arguments, 0, 0, 0, 0, 0)[:6]]
+    data, steps = struct.pack("=iIQ6Q", number, arch, 0, *padded), [*struct.iter_unpack("=HBBI", program)]
+    at = value = 0
+    while True:
+        (operation, yes, no, operand), at = steps[at], at + 1
+        if operation == 0x06:
+            return operand == 0x7FFF0000
+        if operation == 0x15:
+            at += yes if value == operand else no
+        else:
+            value = struct.unpack_from("=I", data, operand)[0] if operation == 0x20 else value & operand
+
+
+@pytest.mark.parametrize("machine", env._ARCH)
+def test_filter_of_each_machine_passes_known_arguments_only(monkeypatch, machine):
+    monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(machine=machine))
+    sandbox = object.__new__(env._Sandbox)
+    things = dict(x=0, y=0, buffer=0, zero=0, page=0, other=7, own=env._OWN, os=os)
+    sandbox._make_filter()
+    due = dict.fromkeys(REFUSED.values(), False) | dict.fromkeys(PASSED.split(";"), True)
+    for text, passed in due.items():
+        name, _, arguments = text.strip().partition(", ")
+        number, values = LISTED[machine][name], eval(f"[{arguments}]".replace("b'", "0 and b'"), dict(things))
+        assert passes(sandbox.program, env._ARCH[machine][1], number, *values) == passed, (machine, text)
+        assert not passes(sandbox.program, 0x40000003, number, *values), "of another architecture"
 
 
 def test_self_check_finds_every_layer_in_force():
@@ -715,6 +831,82 @@ def test_a_sandbox_that_no_longer_runs_anything_ends_the_grading(problem, monkey
         env.grade(problem, fenced(HONEST))
     monkeypatch.undo()
     assert env.grade(problem, fenced(HONEST)).correct and nothing_left()
+
+
+NO_ROOM = {"processes": errno.EAGAIN, "memory": errno.ENOMEM, "descriptors": errno.EMFILE, "disk": errno.ENOSPC}
+
+
+@pytest.mark.parametrize("where", ["trainer", "zygote"])
+@pytest.mark.parametrize("lack", NO_ROOM)
+def test_a_zygote_that_cannot_start_is_tried_again_then_the_answer_fails(problem, monkeypatch, capfd, lack, where):
+    assert env.grade(problem, fenced(HONEST)).correct, "the first self-check has passed"
+    env.close()
+    start, tries = subprocess.Popen, []
+
+    def scarce(command, **options):
+        tries.append(command)
+        if len(tries) > free:
+            return start(command, **options)
+        if where == "trainer":
+            raise OSError(NO_ROOM[lack], "no")
+        return start(["sh", "-c", f"exit {NO_ROOM[lack]}"], **options)
+
+    monkeypatch.setattr(env.subprocess, "Popen", scarce)
+    monkeypatch.setattr(env, "_PAUSES", (0, 0.05, 0.05))
+    free = 4
+    verdict = env.grade(problem, fenced(HONEST))
+    assert (verdict.reward, verdict.channels) == (0.0, ()) and len(tries) == 4
+    assert verdict.note == f"no room for a sandbox: {os.strerror(NO_ROOM[lack])}"
+    assert verdict.note in capfd.readouterr().err
+    tries, free = [], 3
+    assert env.grade(problem, fenced(HONEST)).correct and len(tries) == 4 and nothing_left()
+
+
+@pytest.mark.parametrize("when", ["before a zygote starts", "before a run"])
+def test_a_disk_without_inodes_ends_no_training(problem, monkeypatch, tmp_path, when):
+    """Another program, or answers before, used them up."""
+    assert env.grade(problem, fenced(HONEST)).correct, "the first self-check has passed"
+    env.close()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=40", "none", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a small disk")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(env, "_PAUSES", (0, 0.1))
+    try:
+        if when == "before a run":
+            assert env.grade(problem, fenced(HONEST)).correct
+        for i in range(40):
+            time.sleep(0.01)  # the kernel gives back the last run's inodes a little later
+            with contextlib.suppress(OSError):
+                (tmp_path / str(i)).mkdir()
+        verdicts = env.grade_batch([problem] * 3, numbered(HONEST, 3))
+        assert {(v.reward, v.note) for v in verdicts} == {(0.0, "no room for a sandbox: No space left on device")}
+        monkeypatch.setattr(env, "_PAUSES", (0, 0.1, 1))
+        timer = threading.Timer(0.5, lambda: [(tmp_path / str(i)).rmdir() for i in range(9)])
+        timer.start()
+        assert env.grade(problem, fenced(HONEST)).correct
+        timer.join()
+    finally:
+        env.close()
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_zygote_with_fewer_layers_than_before_is_not_used(problem, monkeypatch):
+    """As if the kernel had no memory for Landlock's rules when it started."""
+    assert env.grade(problem, fenced(HONEST)).correct, "the first self-check has passed"
+    env.close()
+    monkeypatch.setattr(env, "_PAUSES", (0,))
+    monkeypatch.setattr(env._Zygote, "layers", {**env._Zygote.layers, "Landlock": 99})
+    assert env.grade(problem, fenced(HONEST)).note == "no room for a sandbox: Cannot allocate memory"
+    assert nothing_left()
+
+
+def test_an_interrupted_batch_starts_no_zygote(monkeypatch):
+    monkeypatch.setattr(env._thread, "cores", threading.Semaphore(1), raising=False)  # of a batch that has ended
+    monkeypatch.setattr(env, "_Zygote", lambda: pytest.fail("a zygote started"))
+    with pytest.raises(RuntimeError, match="interrupted"):
+        env._exchange(b"", 1, 1, fresh=True)
 
 
 def test_files_count_however_fast_they_are_made(problem):
@@ -831,7 +1023,10 @@ def test_remove_tree_deletes_anything(tmp_path):
     (top / "locked" / "x" / "y").write_text("")
     (top / "locked" / "x").chmod(0)
     (top / "locked").chmod(0)
-    env.remove_tree(str(top))
+    begin = time.monotonic()
+    env.remove_tree(str(top), seconds=0.01)
+    assert top.exists() and time.monotonic() - begin < 1, "a hostile tree holds nobody for long"
+    env.remove_tree(str(top), seconds=60)
     assert not top.exists()
 
 
