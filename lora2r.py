@@ -33,6 +33,7 @@ import shutil
 import signal
 import sys
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +192,16 @@ class Adapter:
             p.grad = None
         for p in [] if trains_quar else self.quarantine_parameters():
             p.grad = None
+
+    def coverage(self) -> str:
+        """How much of the decoder's weight matrices is adapted, and the names of the layers that are not."""
+        sizes: Counter[str] = Counter()  # by a layer's last name, which is "base" inside a Lora2rLinear
+        for name, module in self.model.get_decoder().named_modules():
+            for p in [] if isinstance(module, (nn.Embedding, Block)) else module.parameters(recurse=False):
+                sizes[name.rpartition(".")[2]] += p.numel() if p.dim() > 1 else 0
+        left_out = ", ".join(sorted(name for name, size in sizes.items() if size and name != "base"))
+        share = f"adapts {100 * sizes['base'] // sizes.total()} % of the decoder's weights"
+        return f"{share}; left out: {left_out}" if left_out else share
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -120,6 +120,14 @@ def test_a_family_works_or_is_refused_in_one_line(name, options, refusal, tmp_pa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name, says", [
+    ("llama", "adapts 100 % of the decoder's weights"),
+    ("phi", "adapts 33 % of the decoder's weights; left out: dense, fc1, fc2"),  # 2048 of 6144 a layer
+    ("mixtral", "adapts 14 % of the decoder's weights; left out: experts, gate")])  # 3072 of 21632
+def test_coverage_names_what_is_not_adapted(name, says):
+    assert attach(tiny(transformers.CONFIG_MAPPING[name]), 3).coverage() == says
+
+
 def test_a_refusal_comes_before_anything_is_written(small, tmp_path, monkeypatch):
     def refuse(adapter):
         raise InputError("it does not fit")
