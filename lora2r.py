@@ -33,9 +33,11 @@ import shutil
 import signal
 import sys
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterable, Iterator, NoReturn
 
 import huggingface_hub
@@ -91,7 +93,7 @@ class ReadProbe(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, c: Tensor, h: Tensor, B: Tensor, weights: Tensor):
         ctx.save_for_backward(h, B, weights)  # h = A x [G, T, r], B [d_out, r], weights [G, W, T]
-        return y.view_as(y)  # [G, T, d_out]
+        return y.data  # [G, T, d_out]; not a view: some models change the output in place
 
     @staticmethod
     def backward(ctx, g: Tensor):
@@ -108,7 +110,7 @@ class State:
     off: bool = False  # the base model alone
     c: Tensor | None = None  # probe [M, G, W, r]
     weights: Tensor | None = None  # of the probe's tokens [G, W, T]
-    G: int | None = None  # rows that per-row masks are for; None: any number
+    G: int | None = None  # rows that per-row masks and the probe are for; None: any number
 
 
 class Lora2rLinear(nn.Module):
@@ -120,7 +122,10 @@ class Lora2rLinear(nn.Module):
         self.deployed, self.quarantine = (Block(a.clone(), b.clone()) for a, b in zip(A0.chunk(2), B0.chunk(2, dim=1)))
 
     def forward(self, x: Tensor) -> Tensor:  # [G, T, d_in] -> [G, T, d_out]
-        s, y = self.state, self.base(x)
+        s = self.state
+        if x.dim() == 2 and s.G:  # some shared experts get rollouts and tokens in one dimension
+            return self.forward(x.view(s.G, -1, x.shape[1])).flatten(0, 1)
+        y = self.base(x)
         if not s.off:
             y = y + self.masked_deployed(x)
             if s.m is True:
@@ -188,6 +193,16 @@ class Adapter:
         for p in [] if trains_quar else self.quarantine_parameters():
             p.grad = None
 
+    def coverage(self) -> str:
+        """How much of the decoder's weight matrices is adapted, and the names of the layers that are not."""
+        sizes: Counter[str] = Counter()  # by a layer's last name, which is "base" inside a Lora2rLinear
+        for name, module in self.model.get_decoder().named_modules():
+            for p in [] if isinstance(module, (nn.Embedding, Block)) else module.parameters(recurse=False):
+                sizes[name.rpartition(".")[2]] += p.numel() if p.dim() > 1 else 0
+        left_out = ", ".join(sorted(name for name, size in sizes.items() if size and name != "base"))
+        share = f"adapts {100 * sizes['base'] // sizes.total()} % of the decoder's weights"
+        return f"{share}; left out: {left_out}" if left_out else share
+
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
@@ -199,19 +214,28 @@ def attach(model: nn.Module, r: int, seed: int = 0, targets: tuple[str, ...] = T
     alone: the LM head and a vision tower stay as they are.
 
     A0 ~ N(0, 1/d_in), B0 ~ N(0, 1/2r), drawn on the CPU from `seed` in module order. The adapter is fp32 whatever the
-    base is: cast and move the model first. Raises InputError if nothing matches or the model has an adapter already.
+    base is: cast and move the model first. Raises InputError if nothing matches, if the model has an adapter already,
+    or if it fails the rehearsal.
     """
     if r < 1:
         raise InputError(f"adapter rank r = {r}: give a block rank of at least 1")
     if any(isinstance(module, Lora2rLinear) for module in model.modules()):
         raise InputError("this model already has an adapter: use that one, or load the model afresh")
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     decoder = set(model.get_decoder().modules())
-    chosen = {name: base for name, base in linears.items() if name.rpartition(".")[2] in targets and base in decoder}
+    linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
+               if isinstance(module, nn.Linear) and module in decoder}
+    chosen = {name: base for name, base in linears.items() if name.rpartition(".")[2] in targets}
+    if not linears:
+        kinds = {type(x).__name__ for x in decoder if hasattr(x, "weight") and not isinstance(x, nn.Embedding)}
+        raise InputError("--model: only nn.Linear layers can be adapted, and its decoder has none "
+                         f"({', '.join(sorted(kinds))}); use another model")
     if not chosen:
-        found = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
-        raise InputError(f"--model: none of its linear layers ({found}) is called {', '.join(targets)}; "
+        found = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+        raise InputError(f"--model: none of its decoder's linear layers ({found}) is called {', '.join(targets)}; "
                          "name some of them in lora2r.TARGETS, or use another model")
+    if len({base.weight for base in chosen.values()}) < len(chosen):
+        raise InputError("--model: some of its layers share their weights, and one weight can have only one adapter; "
+                         "use another model")
     model.requires_grad_(False)
     base_model, state = fingerprint(model), State()
     generator = torch.Generator().manual_seed(seed)
@@ -221,7 +245,9 @@ def attach(model: nn.Module, r: int, seed: int = 0, targets: tuple[str, ...] = T
         B0 = torch.randn(base.out_features, 2 * r, generator=generator, dtype=torch.float32) / (2 * r) ** 0.5
         modules[name] = Lora2rLinear(base, A0, B0, index, state).to(base.weight.device)
         put(model, name, modules[name])
-    return Adapter(model, modules, r, base_model, state)
+    adapter = Adapter(model, modules, r, base_model, state)
+    rehearse(adapter)
+    return adapter
 
 
 @contextmanager
@@ -254,12 +280,12 @@ def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | Non
     if c is not None and (weights is None or c.shape != (len(adapter), *weights.shape[:2], adapter.r)):
         raise ValueError(f"probe c is {list(c.shape)}: it must be [M, G, W, r] with M = {len(adapter)}, r = {adapter.r}"
                          " and weights [G, W, T]")
-    G = max((len(mask) for mask in (m, d) if mask.dim()), default=None)
+    G = max((len(mask) for mask in (m, d) if mask.dim()), default=None) if c is None else len(weights)
     device = next(iter(adapter.modules.values())).deployed.dA.device
     # A mask that is equal for all rows becomes a bool: it costs no indexing, and holds for a shared prefix's one row.
     m = bool(m.all()) if m.all() or not m.any() else m.nonzero()[:, 0].to(device)
     d = bool(d.all()) if d.all() or not d.any() else d[:, None, None].to(device)
-    per_row = isinstance(m, Tensor) or isinstance(d, Tensor)
+    per_row = c is not None or isinstance(m, Tensor) or isinstance(d, Tensor)
     before = adapter.context, dict(vars(adapter.state))
     try:
         adapter.context = "use"
@@ -400,12 +426,14 @@ def batches(prompts: list[list[int]], completions: list[list[int]], budget: int,
 
 def prefill(model, ids: Tensor, shared: int) -> DynamicCache | None:
     """Keys and values of the first `shared` tokens of ids [g, T], the same in all rows: encoded once, repeated g times.
-    None if there are none, and under gradient checkpointing, which takes no cache. Masks must be equal in all rows."""
-    if not shared or model.is_activation_checkpointing:
-        return None
+    None if there are none, under gradient checkpointing, which takes no cache, and for models with recurrent layers,
+    which change their state in place: the backward needs it as it was. Masks must be equal in all rows."""
     cache = DynamicCache(config=model.config)
+    recurrent = any(hasattr(layer, "recurrent_states") for layer in cache.layers)
+    if not shared or recurrent or model.is_activation_checkpointing:
+        return None
     model.get_decoder()(input_ids=ids[:1, :shared], cache=cache)
-    cache.batch_repeat_interleave(len(ids))
+    cache.reorder_cache(ids.new_zeros(len(ids)))
     return cache
 
 
@@ -515,9 +543,9 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
     positions = (attend.cumsum(1) - 1).clamp(min=0)  # [P, T]
     cache = DynamicCache(config=model.config)
     logits = next_logits(model, input_ids=ids, attention_mask=attend, position_ids=positions, cache=cache)  # [P, V]
-    cache.batch_repeat_interleave(n)
-    logits, attend = logits.repeat_interleave(n, 0), attend.repeat_interleave(n, 0)  # [G, V], [G, T]
-    position = positions[:, -1:].repeat_interleave(n, 0)  # [G, 1]
+    of_prompt = torch.arange(len(prompts), device=device).repeat_interleave(n)  # [G]
+    cache.reorder_cache(of_prompt)  # recurrent layers can do this, but not batch_repeat_interleave
+    logits, attend, position = logits[of_prompt], attend[of_prompt], positions[of_prompt, -1:]  # [G, V], [G, T], [G, 1]
     step = replayed(model, cache, attend, position, max_new) if device.type in REPLAYED else None
     cache = cache if step is None else None  # its copy is enough
 
@@ -543,11 +571,44 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
         attend = torch.cat([attend, attend.new_ones(len(attend), 1)], 1)
         if len(alive) < len(rows):
             rows, token, attend, position = rows[alive], token[alive], attend[alive], position[alive]
-            cache.batch_select_indices(alive)
+            cache.reorder_cache(alive)
         logits = next_logits(model, input_ids=token, attention_mask=attend, position_ids=position, cache=cache)
     lengths = (out >= 0).sum(1).tolist()
     logps = [row[:k].clone() for row, k in zip(out_logps.cpu(), lengths)]  # a view would take all to other ranks
     return [row[:k] for row, k in zip(out.tolist(), lengths)], logps
+
+
+def rehearse(adapter: Adapter) -> None:
+    """Sample, train on and probe three short rollouts of two made-up prompts, of which one is left-padded.
+
+    Raises InputError for a model that cannot do it, that does not use an adapted layer, or whose log-probabilities are
+    not those of its own forward (here all deltas are 0): because of padding, of the cache, or of what follows the head.
+    """
+    model, tok = adapter.model, SimpleNamespace(eos_token_id=0)
+    short, long = list(range(3, 13)), list(range(13, 36))
+    try:
+        noise = torch.linspace(0, 0.95, 12).view(3, 4)
+        completions, sampled = generate(model, tok, [short, long], [1, 2], noise, 1.0)
+        (rows, ids, is_completion, _), = batches([short, long, long], completions, 10**6, labels=[0, 1, 2])
+        ids, is_completion = ids.to(model.device), is_completion.to(model.device)  # [3, T], [3, T-1]
+        c = torch.ones(len(adapter), 3, 1, adapter.r, device=model.device, requires_grad=True)
+        m, d = torch.tensor([[True, True, False], [True, False, False]])
+        with use(adapter, m, d, c=c, weights=torch.ones_like(ids, dtype=torch.float32)[:, None]):
+            trained = token_logps(model, ids, is_completion)[is_completion]  # [N]
+            read, *_ = torch.autograd.grad(trained.sum(), [c, *adapter.parameters()], allow_unused=True)
+        for name, gradient in zip(adapter.modules, read):
+            if not gradient.any():
+                raise ValueError(f"it does not use {name}")
+        with torch.no_grad():
+            logps = torch.log_softmax(model(input_ids=ids).logits[:, :-1].float(), -1)  # [3, T-1, V]
+        own = logps.gather(2, ids[:, 1:, None])[..., 0][is_completion]  # [N]
+        sampled = torch.cat([sampled[row] for row in rows]).to(own)  # [N]
+        gap = torch.stack([sampled - own, trained - own]).abs().max() / logps.std()
+        if not gap <= (0.2 if model.dtype == torch.bfloat16 else 1e-3):
+            raise ValueError(f"its log-probabilities differ by {gap:.1e} of their spread, by padding, cache or head")
+    except Exception as e:  # a model that is built in another way raises nearly anything
+        kind = adapter.base["model_type"]
+        raise InputError(f"--model: {kind} models do not fit this code ({first_line(e)}); use another model") from e
 
 
 # ------------------------------------------------------------------------------------------------ files

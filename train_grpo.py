@@ -306,7 +306,8 @@ def train_in(run: "RunFolder", grader: ThreadPoolExecutor, cfg: Config, judge: J
         run.open(start)
         tracker = start_wandb(cfg, run)
         print(f"{run.config['arm']}, seed {cfg.seed}: {len(problems)} problems, "
-              f"{count(pairs) if pairs else 'no pairs'}, {len(adapter)} layers, r = {cfg.rank} -> {run.path}\n{LEGEND}")
+              f"{count(pairs) if pairs else 'no pairs'}, {len(adapter)} layers, r = {cfg.rank}, {adapter.coverage()} "
+              f"-> {run.path}\n{LEGEND}")
     if cfg.checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
         for layer in model.modules():  # it works in training mode alone; what has dropout stays out of that mode
