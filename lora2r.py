@@ -606,6 +606,8 @@ def rehearse(adapter: Adapter) -> None:
         gap = torch.stack([sampled - own, trained - own]).abs().max() / logps.std()
         if not gap <= (0.2 if model.dtype == torch.bfloat16 else 1e-3):
             raise ValueError(f"its log-probabilities differ by {gap:.1e} of their spread, by padding, cache or head")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # a model that is built in another way raises nearly anything
         kind = adapter.base["model_type"]
         raise InputError(f"--model: {kind} models do not fit this code ({first_line(e)}); use another model") from e
