@@ -168,7 +168,7 @@ def export(model, adapter: Adapter, path: Path, format: str = "merged", tokenize
             with folded(adapter, quarantine=False):
                 model.save_pretrained(temporary)
             if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+                getattr(tokenizer, "as_loaded", tokenizer).save_pretrained(temporary)
             return
         temporary.mkdir()
         tensors = {}

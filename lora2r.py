@@ -25,6 +25,7 @@ Shapes: G rollouts (rows of a batch), T tokens, V vocabulary, M adapted layers, 
 Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685); gradient routing, Cloud et al. 2024 (arXiv 2410.04332); masks on a
 part of the weights that is later removed: SGTM, Shilov et al. 2025 (arXiv 2512.05648).
 """
+import copy
 import gzip
 import hashlib
 import json
@@ -35,6 +36,7 @@ import sys
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NoReturn
 
@@ -296,13 +298,19 @@ def folded(adapter: Adapter, quarantine: bool = True) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ tokens
+DATE = datetime(2025, 1, 1)  # today, for every chat template: on another day a run would see other prompts
+CODES = [f"%{code}" for code in [*"aAbBdHIjmMpSyY", "-d", "-m"]]
+FILTERS = "".join(f"|replace('{code}', '{DATE.strftime(code)}')" for code in CODES)
+CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{FILTERS} }}}}{{% endmacro %}}\n"
+
+
 def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
     """(model in eval mode, tokenizer) of a local folder or hub name. Raises InputError when they cannot be loaded, or
     when the weights are not exactly those that the model needs: what is missing would be random."""
     def load(**where):
-        tok = AutoTokenizer.from_pretrained(name, **where)
+        tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
         return tok, AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True, **where)
+            name, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False, **where)
 
     try:
         torch.zeros(1, device=device).item()
@@ -335,23 +343,36 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
         raise InputError(f"--model {name}: its tokenizer has no chat template; use an instruct model")
     if tok.eos_token_id is None:
         raise InputError(f"--model {name}: its tokenizer has no end-of-turn token; set eos_token")
-    ends = model.generation_config.eos_token_id
+    tok.as_loaded = copy.deepcopy(tok)  # for an export
+    turn, ends = encode_prompt(tok, [{"role": "user", "content": "-"}]), model.generation_config.eos_token_id
     if isinstance(ends, list):  # of a text and of a turn: Gemma's and Phi's tokenizers call the former eos
-        turn = encode_prompt(tok, [{"role": "user", "content": "-"}])
         tok.eos_token_id = next((token for token in turn if token in ends), tok.eos_token_id)
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
+    # Gemma 3's token for an image has no row in the weights of the text models, and no text holds it.
+    special = {token for token, added in tok.added_tokens_decoder.items() if added.special}
+    highest = max(set(tok.get_vocab().values()) - special | {*turn, tok.eos_token_id})
+    if highest >= (rows := len(model.get_input_embeddings().weight)):
+        raise InputError(f"--model {name}: its tokenizer has a token {highest}, its weights are for {rows} tokens; "
+                         "give the model its own tokenizer")
     # cuDNN's attention, under torch 2.11 to 2.13, has NaN gradients on an H100 or H200 where there is a mask, as with a
     # shared prompt, and the length is 64 more than a multiple of 128: pytorch issue 196678
     torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval(), tok
 
 
+def ends_of(model, tok) -> list[int]:
+    """The tokens that end a completion: the tokenizer's end of turn, and those of generation_config.json."""
+    ends = model.generation_config.eos_token_id
+    return sorted({tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+
+
 def encode_prompt(tok, messages: list[dict]) -> list[int]:
     """Token ids of a chat prompt up to where the assistant begins to write. Raises InputError where the tokenizer's
     chat template fails."""
     try:
-        text = tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+        text = tok.apply_chat_template(messages, chat_template=CLOCK + tok.get_chat_template(), tokenize=False,
+                                       add_generation_prompt=True, enable_thinking=False)
     except Exception as e:  # a template is a program
         raise InputError(f"--model {tok.name_or_path}: its chat template fails ({first_line(e)}); repair it, or use "
                          "another model, or data without system messages if it takes none") from e
@@ -493,19 +514,19 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
 
     noise: [G, max_new] uniform in [0, 1) with G = sum(n): token t of rollout g is where the cumulated probabilities
     pass noise[g, t]. So a rollout depends on its own noise, not on the rows that share its batch.
-    Returns two lists of length G, prompt-major: token ids, ending in eos unless cut off at max_new, and logps [T].
+    Returns two lists of length G, prompt-major: token ids, up to one of ends_of() or max_new of them, and logps [T].
     All prompts go in one left-padded batch, each encoded once for its n[j] rollouts; finished rows leave the batch.
     top_k = 0 samples from the whole vocabulary; else the log-probabilities are still those of the untruncated softmax.
     temperature = 0 takes the likeliest token: it is top_k = 1 at temperature 1, and so are the log-probabilities.
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
-    (G, max_new), device, eos = noise.shape, next(model.parameters()).device, tok.eos_token_id
+    (G, max_new), device = noise.shape, next(model.parameters()).device
     if G == 0:
         return [], []
     n, noise = torch.tensor(n, device=device), noise.to(device)  # [P], [G, max_new]
     T = max(map(len, prompts))
-    ids = torch.tensor([[eos] * (T - len(p)) + p for p in prompts], device=device)  # [P, T]
+    ids = torch.tensor([[tok.eos_token_id] * (T - len(p)) + p for p in prompts], device=device)  # [P, T]
     attend = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, T], 0 on padding
     positions = (attend.cumsum(1) - 1).clamp(min=0)  # [P, T]
     cache = DynamicCache(config=model.config)
@@ -517,6 +538,7 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
     cache = cache if step is None else None  # its copy is enough
 
     rows = torch.arange(G, device=device)  # the rollouts still being written
+    ends = torch.tensor(ends_of(model, tok), device=device)
     out = torch.full((G, max_new), -1, device=device)
     out_logps = torch.zeros(G, max_new, device=device)
     for t in bar(range(max_new), "sampling"):
@@ -527,7 +549,7 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
         token = token.clamp(max=cdf.shape[1] - 1)  # where rounding left the noise above the last sum
         token = likeliest.gather(1, token) if top_k else token
         out[rows, t], out_logps[rows, t] = token[:, 0], logp.gather(1, token)[:, 0]
-        alive = (token[:, 0] != eos).nonzero()[:, 0]
+        alive = torch.isin(token[:, 0], ends, invert=True).nonzero()[:, 0]
         if len(alive) == 0 or t == max_new - 1:
             break
         if step:

@@ -2,18 +2,20 @@
 import json
 import math
 import shutil
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import evaluate_deploy
 from env_leetcode import Verdict, load_problems
-from evaluate_deploy import (Config, evaluate, format_table, hash_of, main, rates, settings_of, wilson,
-                             write_deploy)
-from lora2r import (HERE, InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
-                    token_logps, use)
+from evaluate_deploy import (Config, evaluate, export, format_table, hash_of, main, rates, settings_of,
+                             wilson, write_deploy)
+from lora2r import (HERE, InputError, Lora2rLinear, attach, batches, encode_completion, encode_prompt,
+                    folded, generate, load_model, save, token_logps, use)
 from train_grpo import CLEAN, HACK, MID, console_line, outcomes, routing
 
 NANO = HERE / "data/nano"
@@ -51,14 +53,81 @@ def test_thinking_is_switched_off_and_a_template_without_a_system_role_says_so()
     assert "\n" not in str(e.value)
 
 
+def test_a_template_sees_the_same_date_every_day_and_is_else_as_it_was(monkeypatch):
+    class Later(datetime):
+        now = classmethod(lambda cls: cls(2031, 7, 19))
+
+    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Later)
+    tok, user = load_model(str(NANO))[1], [{"role": "user", "content": "Sum the list."}]
+    asked = "{% macro day() %}{{ strftime_now('%A %-d %b %Y, %Y-%m-%d') }}{% endmacro %}{{ day() }}"
+    for tok.chat_template, text in ((asked, "Wednesday 1 Jan 2025, 2025-01-01"), ("\n  {% if 1 %} a{% endif %}", None)):
+        text = text or tok.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+        assert encode_prompt(tok, user) == tok(text, add_special_tokens=False)["input_ids"]
+
+
+def nano_with(folder, **changes):
+    """A copy of the embedded model, keys of its JSON files changed."""
+    shutil.copytree(NANO, folder, ignore=shutil.ignore_patterns("*.jsonl", "*.py", "__pycache__"))
+    for name, change in changes.items():
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return str(folder)
+
+
+def test_a_model_folders_own_code_is_refused_without_a_question(tmp_path, monkeypatch):
+    """The tokenizer's as well as the model's. The code would leave a file."""
+    monkeypatch.setattr("builtins.input", lambda question="": "y")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    ours = {"AutoConfig": "ours.Config", "AutoModelForCausalLM": "ours.Model"}
+    tokenizer = dict(tokenizer_class="Ours", auto_map={"AutoTokenizer": ["ours.Ours", None]})
+    for name, changes in (("model", dict(config=dict(model_type="ours", auto_map=ours))),
+                          ("tokenizer", dict(tokenizer_config=tokenizer, config=dict(model_type="ours")))):
+        folder = nano_with(tmp_path / name, **changes)
+        (tmp_path / name / "ours.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        with pytest.raises(InputError, match=f"^--model {folder}: cannot be loaded ") as e:
+            load_model(folder)
+        assert "\n" not in str(e.value) and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("special, template, refused", [(False, "", True), (True, "", False), (True, "<|new|>", True)])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, special, template, refused):
+    """Unless it is a special one that no prompt holds, such as Gemma 3's image token."""
+    content = json.loads((NANO / "tokenizer.json").read_text())
+    n = json.loads((NANO / "config.json").read_text())["vocab_size"]
+    token = content["added_tokens"][0] | dict(id=n, content="<|new|>", special=special)
+    folder = nano_with(tmp_path / "model", tokenizer=dict(added_tokens=[*content["added_tokens"], token]))
+    path = tmp_path / "model/chat_template.jinja"
+    path.write_text(template + path.read_text())
+    if not refused:
+        assert len(load_model(folder)[1]) == n + 1
+        return
+    with pytest.raises(InputError, match=f"^--model {folder}: its tokenizer has a token {n}, .* for {n} tokens; give"):
+        load_model(folder)
+
+
+def test_an_answer_ends_at_any_of_the_models_ends_and_an_export_keeps_the_tokenizer(tmp_path):
+    """As Hugging Face stops: the greedy answer's tokens in turn are one more end in generation_config.json."""
+    asked, own = [dict(role="user", content="Sum the list.")], transformers.AutoTokenizer.from_pretrained(NANO)
+    whole = load_model(str(NANO))[0].generate(torch.tensor([encode_prompt(own, asked)]), max_new_tokens=40)[0].tolist()
+    for ends in ([2, whole[-9]], whole[-20]):
+        folder = nano_with(tmp_path / str(ends), generation_config=dict(eos_token_id=ends, pad_token_id=None),
+                           tokenizer_config=dict(pad_token=None))
+        model, tok = load_model(folder)
+        prompt = encode_prompt(tok, asked)
+        (ours,), _ = generate(model, tok, [prompt], [1], noise(1, 40), 0)
+        assert ours == model.generate(torch.tensor([prompt]), max_new_tokens=40)[0, len(prompt):].tolist()
+        assert len(ours) < len(whole) - len(prompt) and encode_completion(tok, "a")[-1] == 2
+        export(model, attach(model, 2), tmp_path / f"{ends} out", "merged", tok)
+        own = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        own.save_pretrained(tmp_path / f"{ends} own")
+        for path in (tmp_path / f"{ends} own").iterdir():
+            assert path.read_bytes() == (tmp_path / f"{ends} out" / path.name).read_bytes(), path.name
+
+
 def test_a_turn_ends_where_the_chat_template_ends_it_and_a_model_needs_no_pad_token(tmp_path):
     """Gemma's and Phi's way: the tokenizer's eos ends a text, and generation_config.json lists what ends a turn."""
-    shutil.copytree(NANO, tmp_path / "model", ignore=shutil.ignore_patterns("*.jsonl"))
-    for name, change in (("tokenizer_config", dict(eos_token="<|pad|>", pad_token=None)),
-                         ("generation_config", dict(eos_token_id=[0, 2], pad_token_id=None))):
-        path = tmp_path / f"model/{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    tok = load_model(str(tmp_path / "model"))[1]
+    tok = load_model(nano_with(tmp_path / "model", tokenizer_config=dict(eos_token="<|pad|>", pad_token=None),
+                               generation_config=dict(eos_token_id=[0, 2], pad_token_id=None)))[1]
     assert (tok.eos_token, tok.eos_token_id, tok.pad_token_id) == ("<|im_end|>", 2, 2)
 
 
