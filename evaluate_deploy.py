@@ -163,6 +163,11 @@ def export(model, adapter: Adapter, path: Path, format: str = "merged", tokenize
     "merged": a Hugging Face folder, the block merged into the weights; `model` is unchanged afterwards. "peft": PEFT's
     two files, a LoRA of rank 2r for the base model. Raises InputError, and replaces no folder that holds files.
     """
+    # Where experts are fused into parameters such as down_proj, PEFT takes layers of that name for the experts.
+    fused = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    if format == "peft" and (odd := fused.intersection(name.rpartition(".")[2] for name in adapter.modules)):
+        raise InputError(f"--format peft: PEFT would load the layers {', '.join(sorted(odd))} as experts, which have "
+                         "that name, too; give --format merged")
     with writing(path) as temporary:
         if format == "merged":
             with folded(adapter, quarantine=False):

@@ -451,3 +451,25 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, monkeypatch, name, content, 
     with pytest.raises(InputError, match=f"^{path}: {says}"):
         main(Config((tmp_path / "run",), browse=page, device="cpu"))
     assert not (tmp_path / "page.html").exists()
+
+
+EXPERTS = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=61,
+               num_hidden_layers=2, moe_intermediate_size=16, num_experts=4, n_routed_experts=4, num_experts_per_tok=2)
+FIRST_DENSE = dict(first_k_dense_replace=1, n_group=1, topk_group=1)
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("Qwen3Moe", dict(mlp_only_layers=[0])), ("Glm4Moe", FIRST_DENSE | dict(n_shared_experts=1)),
+    ("DeepseekV2", FIRST_DENSE | dict(q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8,
+                                      v_head_dim=8, head_dim=8, num_key_value_heads=4)), ("Olmoe", {})])
+def test_peft_gets_no_layers_that_it_takes_for_experts(tmp_path, kind, options):
+    """PEFT would lose the layers of the dense MLPs. Where attention alone is adapted it loses nothing."""
+    make_model = getattr(transformers, f"{kind}ForCausalLM")
+    model = make_model(make_model.config_class(**EXPERTS | options))
+    adapter = attach(model, 2)
+    if kind != "Olmoe":
+        with pytest.raises(InputError, match="^--format peft: .* layers down_proj .* give --format merged$"):
+            export(model, adapter, tmp_path / "out", "peft")
+        assert not list(tmp_path.iterdir())
+    else:
+        export(model, adapter, tmp_path / "out", "peft")
