@@ -56,6 +56,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_
 FORMAT = "vgrout-lora2r-2"
 SHARED = 512  # prefix sharing: smallest saving, in tokens, for which the rollouts of a prompt get their own micro-batch
 LOGITS = 2**27  # fp32 logits that exist at once (0.5 GB, and as much again for each step of the log-softmax)
+UNPACKED = 2**28  # bytes that a .gz file may hold
 
 
 # ------------------------------------------------------------------------------------------------ the adapter
@@ -599,14 +600,33 @@ def peek(path: str | Path) -> dict:
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; give the adapter.safetensors of a run")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: damaged or not a safetensors file ({error}); save or copy it again") from error
+    with opened(path) as file:
+        header = file.metadata() or {}
+        ranks = {tuple(file.get_slice(name).get_shape()[:1]) for name in file.keys() if name.endswith(".dA")}
     if FORMAT not in header:
         raise InputError(f"{path}: its format is {next(iter(header), None)}, not {FORMAT}; give what lora2r.save wrote")
-    return json.loads(header[FORMAT])
+    info = from_json(header[FORMAT], f"{path}:", "save or copy it again", r=int, base=dict, metadata=dict)
+    if ranks != {(info["r"],)}:
+        raise InputError(f"{path}: damaged (its tensors are not of its rank {info['r']}); save or copy it again")
+    return info
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[safe_open]:
+    """A safetensors file to read from. Raises InputError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: damaged or not a safetensors file ({error}); save or copy it again") from error
+
+
+def misfit(saved: Any, like: Tensor) -> str | None:
+    """Why `saved` cannot be copied into the fp32 tensor `like`; None if it can."""
+    if not isinstance(saved, Tensor) or saved.dtype != torch.float32 or saved.shape != like.shape:
+        what = f"{saved.dtype} {list(saved.shape)}" if isinstance(saved, Tensor) else type(saved).__name__
+        return f"is {what}, not torch.float32 {list(like.shape)}"
+    return None if saved.isfinite().all() else "is not finite"
 
 
 @torch.no_grad()
@@ -614,22 +634,27 @@ def load(adapter: Adapter, path: str | Path) -> dict[str, str]:
     """Fill `adapter` bit-exactly from a file of `save`, and return its metadata.
 
     Raises InputError, with the adapter unchanged, for a bad file, another rank, other targets, or another base model
-    than the one that it was trained on (the name or path of the base may differ).
+    than the one that it was trained on (the name or path of the base may differ), and for a tensor that is not finite,
+    not of its shape, or not fp32.
     """
     info, ours = peek(path), adapter.base
     theirs = info["base"]
     if info["r"] != adapter.r:
         raise InputError(f"{path}: has rank r = {info['r']}, this adapter r = {adapter.r}; attach with r={info['r']}")
     tensors = adapter.tensors("dA", "dB", "A0", "B0")
-    with safe_open(path, framework="pt") as file:
+    with opened(path) as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}
     differ = [f"{key} {theirs.get(key)} -> {ours[key]}" for key in ours
               if key != "name" and theirs.get(key) != ours[key]]
     if differ:
-        raise InputError(f"{path}: was trained on base model {theirs['name'] or theirs['model_type']!r}, this one is "
-                         f"{ours['name'] or ours['model_type']!r} ({', '.join(differ)}); load it into the former")
+        names = [base.get("name") or base.get("model_type") for base in (theirs, ours)]
+        raise InputError(f"{path}: was trained on base model {names[0]!r}, this one is {names[1]!r} "
+                         f"({', '.join(differ)}); load it into the former")
     if odd := sorted(tensors.keys() ^ saved.keys()):
         raise InputError(f"{path}: {len(odd)} tensors differ, the first is {odd[0]}; attach with its targets")
+    for name, tensor in tensors.items():
+        if reason := misfit(saved[name], tensor):
+            raise InputError(f"{path}: tensor {name} {reason}; save or copy it again")
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return info["metadata"]
@@ -666,12 +691,30 @@ def first_line(e: Exception) -> str:
 def read_text(flag: str, path: str | Path, remedy: str) -> str:
     """The text of a UTF-8 file, with or without a BOM, .gz or not. Raises InputError for one that cannot be read."""
     try:
-        data = Path(path).read_bytes()
-        data = gzip.decompress(data) if Path(path).suffix == ".gz" else data
+        zipped = Path(path).suffix == ".gz"
+        with (gzip.open if zipped else open)(path, "rb") as file:
+            data = file.read(UNPACKED + 1 if zipped else -1)
+        if zipped and len(data) > UNPACKED:
+            raise ValueError(f"it holds more than {UNPACKED} bytes")
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # as a text file is read
     except (OSError, ValueError, EOFError, zlib.error) as e:
-        reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else str(getattr(e, "strerror", e)).lower()
+        reason = str(getattr(e, "strerror", None) or e).lower()
+        reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else reason
         raise InputError(f"{flag} {path}: cannot be read ({reason}); {remedy}".strip()) from e
+
+
+def from_json(text: str, where: str, remedy: str, **kinds: type) -> dict:
+    """The JSON object in `text`, with a value of its type for each of `kinds`. Raises InputError, from `where` on."""
+    try:
+        found = json.loads(text)
+        if type(found) is not dict:
+            raise ValueError(f"it is a {type(found).__name__}, not an object")
+        for name, kind in kinds.items():
+            if type(found.get(name)) is not kind:  # True is no int
+                raise ValueError(f"{name} is {found.get(name)!r:.40}, not of type {kind.__name__}")
+    except (ValueError, RecursionError) as e:  # no JSON, or too deep, or a number of thousands of digits
+        raise InputError(f"{where} damaged ({e}); {remedy}") from e
+    return found
 
 
 @contextmanager

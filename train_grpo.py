@@ -51,8 +51,8 @@ from env_leetcode import (DEFAULT_MODES, Problem, Verdict, background, grade_bat
                           with_mode)
 from evaluate_deploy import evaluate, format_table, hash_of, rates, read_run, settings_of, write_deploy
 from extract_vgrad import auroc, check_window, count, encode_pairs, extract, features, haar, load_pairs
-from lora2r import (HERE, InputError, attach, batches, encode_completion, encode_prompt, first_line, folded, generate,
-                    load_model, portable, read_text, run_script, save, token_logps, use, writing)
+from lora2r import (HERE, InputError, attach, batches, encode_completion, encode_prompt, first_line, folded, from_json,
+                    generate, load_model, misfit, portable, read_text, run_script, save, token_logps, use, writing)
 
 
 @dataclass
@@ -749,17 +749,27 @@ class RunFolder:
         self.adapter, self.optimizer = adapter, optimizer
         if not self.goes_on:
             return 0
+        file = self.path / "state.pt"
         try:
-            state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
-            optimizer.load_state_dict(state["optimizer"])
-            with torch.no_grad():
-                for p, saved in zip(adapter.parameters(), state["adapter"], strict=True):
-                    p.copy_(saved)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            step, saved, moments = state["step"], state["adapter"], state["optimizer"]["state"]
+            params = adapter.parameters()
+            pairs = list(zip(saved, params, strict=True))
+            for i, of_param in moments.items():
+                pairs += [(of_param["exp_avg"], params[i]), (of_param["exp_avg_sq"], params[i])]
+                pairs += [(of_param["step"], torch.zeros(()))]
+            odd = next(filter(None, (misfit(tensor, like) for tensor, like in pairs)), None)
+            if odd or type(step) is not int or min([step, *moments, *(x["step"] for x in moments.values())]) < 0:
+                raise ValueError(odd or f"step {step!r:.40}")
         except Exception as e:  # a damaged pickle raises nearly anything
-            raise InputError(f"--resume: {self.path / 'state.pt'} is damaged ({first_line(e)}); start afresh") from e
-        if state["step"] > self.steps:
-            raise InputError(f"--steps {self.steps}: {self.path} has made {state['step']}; give at least as many")
-        return state["step"]
+            raise InputError(f"--resume: {file} is damaged ({first_line(e)}); start afresh") from e
+        if step > self.steps:
+            raise InputError(f"--steps {self.steps}: {self.path} has made {step}; give at least as many")
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=moments))  # the settings are this program's
+        with torch.no_grad():
+            for p, tensor in zip(params, saved):
+                p.copy_(tensor)
+        return step
 
     def open(self, step: int) -> None:
         """Begin, or go on from `step`: log rows of that step and later are dropped, since it is made again. An older
@@ -801,14 +811,13 @@ class RunFolder:
     def earlier(self, path: Path, step: int) -> str:
         """A log's rows of steps before `step`; a last row that was not written to its end is dropped. Raises InputError
         if another is damaged."""
-        rows = read_text("--resume", path, "put it back, or start afresh").splitlines(keepends=True) if step else []
+        remedy = "put it back, or start afresh"
+        rows = read_text("--resume", path, remedy).splitlines(keepends=True) if step else []
         if rows and not rows[-1].endswith("\n"):
             print(f"{path}: its last row is torn, and dropped")
             rows.pop()
-        try:
-            return "".join(row for row in rows if json.loads(row)["step"] < step)
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"--resume: {path} is damaged ({e!r}); put it back, or start afresh") from e
+        steps = [from_json(row, f"--resume: {path} is", remedy, step=int)["step"] for row in rows]
+        return "".join(row for row, of in zip(rows, steps) if of < step)
 
     def checkpoint(self, step: int) -> None:
         """Write the adapter, and with it in one file all that --resume needs to go on with `step`."""

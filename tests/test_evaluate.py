@@ -1,4 +1,5 @@
 """evaluate_deploy: rates, evaluation, tables, run folders; the sampler in lora2r; what a step's log says."""
+import gzip
 import json
 import math
 import shutil
@@ -11,11 +12,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import evaluate_deploy
+import lora2r
 from env_leetcode import Verdict, load_problems
 from evaluate_deploy import (Config, evaluate, export, format_table, hash_of, main, rates, settings_of,
                              wilson, write_deploy)
 from lora2r import (HERE, InputError, Lora2rLinear, attach, batches, encode_completion, encode_prompt,
-                    folded, generate, load_model, save, token_logps, use)
+                    folded, generate, load_model, read_text, save, token_logps, use)
 from train_grpo import CLEAN, HACK, MID, console_line, outcomes, routing
 
 NANO = HERE / "data/nano"
@@ -451,6 +453,38 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, monkeypatch, name, content, 
     with pytest.raises(InputError, match=f"^{path}: {says}"):
         main(Config((tmp_path / "run",), browse=page, device="cpu"))
     assert not (tmp_path / "page.html").exists()
+
+
+DEEP, DIGITS = "[" * 200_000, "9" * 5000
+
+
+@pytest.mark.parametrize("changes", [
+    DEEP, f'{{"seed": {DIGITS}}}', *(dict([change]) for change in (
+        ("arm", 1), ("seed", "0"), ("seed", True), ("seed", -1), ("steps", 1.5), ("model", None), ("dtype", 5),
+        ("modes", "sentinel"), ("modes", [[]]), ("test_data", ["x"]), ("hashes", []), ("hashes", {}), ("top_k", None),
+        ("max_new_tokens", -1), ("eval_samples", "2")))], ids=lambda x: str(x)[:40])
+def test_a_config_of_other_types_is_refused_in_one_line(tmp_path, monkeypatch, changes):
+    """As is one that is nested too deep, or holds a number of too many digits; and so are rows of such kinds."""
+    monkeypatch.setattr(evaluate_deploy, "load_model", None)
+    config = finished_run(tmp_path / "run")
+    text = changes if isinstance(changes, str) else json.dumps(config | changes)
+    (tmp_path / "run/rollouts.jsonl").write_text("{}\n" + (text if isinstance(changes, str) else "5"))
+    for name, content in (("rollouts.jsonl", None), ("config.json", text)):
+        if content:
+            (tmp_path / "run" / name).write_text(content)
+        with pytest.raises(InputError, match=f"^{tmp_path / 'run' / name}: damaged ") as e:
+            main(Config((tmp_path / "run",), browse=tmp_path / "page.html", device="cpu"))
+        assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_a_gz_file_that_holds_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora2r, "UNPACKED", 1000)
+    for n in (1000, 1001):
+        (tmp_path / "x.gz").write_bytes(gzip.compress(b"x" * n))
+        if n == 1000:
+            assert read_text("--data", tmp_path / "x.gz", "") == "x" * n
+    with pytest.raises(InputError, match="^--data .*x.gz: cannot be read .it holds more than 1000 bytes."):
+        read_text("--data", tmp_path / "x.gz", "")
 
 
 EXPERTS = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=61,

@@ -154,6 +154,7 @@ def d(server):
     config = json.loads((folder / "run/config.json").read_text())
     for name, file, content in (
             ("bad_state", "state.pt", "garbage"), ("bad_config", "config.json", "{]"), ("no_log", "metrics.jsonl", ""),
+            ("deep_log", "metrics.jsonl", '{"step": ' + "[" * 200_000 + "\n"),
             ("bad_log", "rollouts.jsonl", '{"step": 0}\n{"step\n{"step": 1}\n'),
             ("bad_adapter", "adapter.safetensors", ""),
             ("elsewhere", "config.json", json.dumps(config | dict(test_data="/no/such/few.jsonl"))),
@@ -270,6 +271,7 @@ def test_a_run_in_place_is_refused_under_other_flags_and_data_and_damage(server,
         fcntl.flock(lock, fcntl.LOCK_SH)
         for name, extra, says in (
                 ("bad_state", [], "state.pt is damaged"), ("bad_log", [], "bad_log/rollouts.jsonl is damaged"),
+                ("deep_log", [], "deep_log/metrics.jsonl is damaged"),
                 ("no_log", [], "no_log/metrics.jsonl: cannot be read"), ("bad_config", [], "config.json: damaged"),
                 ("run", ["--lr", "0.5"], f"lr was {Config().lr}, is 0.5"), ("run", ["--steps", "1"], "--steps 1")):
             before = tree(d)
