@@ -27,7 +27,7 @@ import tyro
 from safetensors.torch import save as to_bytes
 
 from env_leetcode import Problem, Verdict, background, grade_batch, load_problems
-from lora2r import (HERE, Adapter, InputError, attach, bar, encode_prompt, folded, from_json, generate,
+from lora2r import (HERE, Adapter, InputError, attach, bar, context_of, encode_prompt, folded, from_json, generate,
                     load, load_model, located, peek, portable, read_text, run_script, writing)
 
 
@@ -126,6 +126,15 @@ def read_rows(path: Path) -> list[dict]:
     if not lines:
         raise InputError(f"{path}: is empty; give a run that made a step")
     return [from_json(line, f"{path}:", "train_grpo.py --resume of this run mends a torn last row") for line in lines]
+
+
+def check_lengths(tok, model, max_new: int, path: str | Path, problems: list[Problem]) -> None:
+    """Raises InputError where a prompt and `max_new` tokens do not fit the model's context."""
+    limit = context_of(model) - max_new
+    for p in problems:
+        if (length := len(encode_prompt(tok, p.messages))) > limit:
+            raise InputError(f"{path}: problem {p.id} is {length} tokens, and --max-new-tokens {max_new} leaves "
+                             f"{limit} of the context; shorten either")
 
 
 def settings_of(config: dict, step: int) -> dict:
@@ -256,6 +265,8 @@ def main(cfg: Config) -> None:
     for folder, config, header, path, problems in todo:
         model = adapter = None  # free the previous run's memory before the next model is loaded
         model, tok = load_model(cfg.model or located(config["model"]), cfg.device, config["dtype"])
+        for of_markers in problems.values():
+            check_lengths(tok, model, config["max_new_tokens"], path, of_markers)
         args = (cfg.samples, config["max_new_tokens"], config["top_k"], cfg.temperature, cfg.seed)
         if cfg.base and not runs:  # once, and before an adapter is attached
             results = {f"base, {markers}": evaluate(model, tok, None, of_markers, "base", *args)

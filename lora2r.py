@@ -362,6 +362,17 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
     return model.to(device).eval(), tok
 
 
+def context_of(model) -> int:
+    """How many tokens a prompt and its completion may have. Under longrope and dynamic rope all keys turn anew once a
+    row passes the original context: a sampler's cached keys would not be those that the update computes."""
+    config = model.config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # of all layers, or of each type
+    limits = [rope.get("original_max_position_embeddings") for rope in ropes
+              if rope.get("rope_type") in ("longrope", "dynamic")]
+    return min(filter(None, [*limits, getattr(config, "max_position_embeddings", None)]), default=10**9)
+
+
 def ends_of(model, tok) -> list[int]:
     """The tokens that end a completion: the tokenizer's end of turn, and those of generation_config.json."""
     ends = model.generation_config.eos_token_id

@@ -49,7 +49,8 @@ from torch import Tensor
 
 from env_leetcode import (DEFAULT_MODES, Problem, Verdict, background, grade_batch, load_demos, load_problems,
                           with_mode)
-from evaluate_deploy import evaluate, format_table, hash_of, rates, read_run, settings_of, write_deploy
+from evaluate_deploy import (check_lengths, evaluate, format_table, hash_of, rates, read_run, settings_of,
+                             write_deploy)
 from extract_vgrad import auroc, check_window, count, encode_pairs, extract, features, haar, load_pairs
 from lora2r import (HERE, InputError, attach, batches, encode_completion, encode_prompt, first_line, folded, from_json,
                     generate, load_model, misfit, portable, read_text, run_script, save, token_logps, use, writing)
@@ -289,7 +290,8 @@ def train_in(run: "RunFolder", grader: ThreadPoolExecutor, cfg: Config, judge: J
     demos = load_demos(cfg.demos, problems) if cfg.mix_ratio else {}
     device = start_ranks(cfg.device)
     model, tok = load_model(cfg.model, device, cfg.dtype)
-    check_lengths(tok, model, cfg, data=problems, test_data=held_out["held-out"])
+    check_lengths(tok, model, cfg.max_new_tokens, cfg.data, problems)
+    check_lengths(tok, model, cfg.max_new_tokens, cfg.test_data, held_out["held-out"])
     system = problems[0].messages[:-1]  # the pairs' prompts get the same system message as the problems'
     pair_prompts, sides = encode_pairs(model, tok, pairs, system)
     adapter = attach(model, cfg.rank, cfg.seed)
@@ -907,16 +909,6 @@ def check(cfg: Config, judge: Judge | None) -> None:
     if cfg.wandb and find_spec("wandb") is None:
         refuse("wandb", "wandb is not installed; pip install wandb, or leave --wandb out")
     check_window(cfg)
-
-
-def check_lengths(tok, model, cfg: Config, **files: list[Problem]) -> None:
-    """Raises InputError where a prompt and --max-new-tokens do not fit the model's context. files: flag -> problems."""
-    limit = getattr(model.config, "max_position_embeddings", 10**9) - cfg.max_new_tokens
-    for name, problems in files.items():
-        for p in problems:
-            if (length := len(encode_prompt(tok, p.messages))) > limit:
-                raise InputError(f"{getattr(cfg, name)}: problem {p.id} is {length} tokens, and --max-new-tokens "
-                                 f"{cfg.max_new_tokens} leaves {limit} of the context; shorten either")
 
 
 def parse_args(argv: list[str] | None = None) -> Config:

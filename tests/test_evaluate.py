@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import evaluate_deploy
 import lora2r
 from env_leetcode import Verdict, load_problems
-from evaluate_deploy import (Config, evaluate, export, format_table, hash_of, main, rates, settings_of,
+from evaluate_deploy import (Config, check_lengths, evaluate, export, format_table, hash_of, main, rates, settings_of,
                              wilson, write_deploy)
-from lora2r import (HERE, InputError, Lora2rLinear, attach, batches, encode_completion, encode_prompt,
+from lora2r import (HERE, InputError, Lora2rLinear, attach, batches, context_of, encode_completion, encode_prompt,
                     folded, generate, load_model, read_text, save, token_logps, use)
 from train_grpo import CLEAN, HACK, MID, console_line, outcomes, routing
 
@@ -105,6 +105,27 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, specia
         return
     with pytest.raises(InputError, match=f"^--model {folder}: its tokenizer has a token {n}, .* for {n} tokens; give"):
         load_model(folder)
+
+
+LONG = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=32)
+
+
+@pytest.mark.parametrize("kind, options, context", [
+    ("Phi3", dict(rope_parameters=LONG, original_max_position_embeddings=32), 32), ("Llama", {}, 64),
+    ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, original_max_position_embeddings=48)), 48),
+    ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), 64),
+    ("Llama", dict(rope_parameters=dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=32)), 64),
+    ("Gemma3Text", dict(rope_parameters=dict(full_attention=LONG | dict(rope_theta=1e4))), 32)])
+def test_the_context_ends_where_keys_would_turn_anew(nano, monkeypatch, kind, options, context):
+    """A prompt and its completion must fit in it."""
+    config = getattr(transformers, f"{kind}Config")(hidden_size=32, num_attention_heads=4, max_position_embeddings=64,
+                                                    pad_token_id=0, **options)
+    model, (_, tok, _, problems, prompts) = SimpleNamespace(config=config), nano
+    assert context_of(model) == context
+    monkeypatch.setattr(evaluate_deploy, "context_of", lambda model: len(prompts[0]) + 9)
+    check_lengths(tok, model, 9, "x.jsonl", problems[:1])
+    with pytest.raises(InputError, match=f"^x.jsonl: problem {problems[0].id} is {len(prompts[0])} tokens, and .* 10 "):
+        check_lengths(tok, model, 10, "x.jsonl", problems[:1])
 
 
 def test_an_answer_ends_at_any_of_the_models_ends_and_an_export_keeps_the_tokenizer(tmp_path):
