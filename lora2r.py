@@ -30,9 +30,9 @@ import gzip
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
+import tempfile
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -733,17 +733,13 @@ def writing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, for a file or a folder that becomes `path` at the end, or not at all. Raises
     InputError if it cannot."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
+    try:  # a folder with a random name, which no one else may enter
+        with tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as folder:
+            yield Path(folder) / path.name
+            os.replace(Path(folder) / path.name, path)
     except (OSError, SafetensorError) as e:
         raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); check that its folder "
                          "exists, may be written and has room; what was there before is still there") from e
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
 
 
 def portable(path: str | Path) -> str:

@@ -31,6 +31,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -714,6 +715,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict):
         """Raises InputError, before anything is written, if a run cannot begin or go on in `path`."""
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link stays, and its folder is the run's
         self.path, self.steps, self.made, self.lock, self.logs = path, config["steps"], 0, None, []
         files = {key: Path(config[key]) for key in PATHS if Path(config[key]).is_file()}
         config = config | {key: portable(config[key]) for key in PATHS}
@@ -789,8 +791,9 @@ class RunFolder:
         logs = [self.path / name for name in ("metrics.jsonl", "rollouts.jsonl")]
         texts = {self.path / "config.json": json.dumps(self.config, indent=1) + "\n"}
         texts |= {path: self.earlier(path, step) for path in logs}
-        for left_over in self.path.glob(".*.tmp"):
-            left_over.unlink()
+        for name in ("config.json", "metrics.jsonl", "rollouts.jsonl", "adapter.safetensors", "state.pt"):
+            for left_over in self.path.glob(f".{name}.*.tmp"):  # of a run that was killed
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         for path, text in texts.items():
             with writing(path) as temporary:
                 temporary.write_text(text)
@@ -812,13 +815,15 @@ class RunFolder:
 
     def earlier(self, path: Path, step: int) -> str:
         """A log's rows of steps before `step`; a last row that was not written to its end is dropped. Raises InputError
-        if another is damaged."""
+        if another is damaged, or a step has none."""
         remedy = "put it back, or start afresh"
         rows = read_text("--resume", path, remedy).splitlines(keepends=True) if step else []
         if rows and not rows[-1].endswith("\n"):
             print(f"{path}: its last row is torn, and dropped")
             rows.pop()
         steps = [from_json(row, f"--resume: {path} is", remedy, step=int)["step"] for row in rows]
+        if lacking := set(range(step)).difference(steps):
+            raise InputError(f"--resume: {path} has no row of step {min(lacking)}; {remedy}")
         return "".join(row for row, of in zip(rows, steps) if of < step)
 
     def checkpoint(self, step: int) -> None:

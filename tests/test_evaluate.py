@@ -2,7 +2,9 @@
 import gzip
 import json
 import math
+import os
 import shutil
+import stat
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from env_leetcode import Verdict, load_problems
 from evaluate_deploy import (Config, check_lengths, evaluate, export, format_table, hash_of, main, rates, settings_of,
                              wilson, write_deploy)
 from lora2r import (HERE, InputError, Lora2rLinear, attach, batches, context_of, encode_completion, encode_prompt,
-                    folded, generate, load_model, read_text, save, token_logps, use)
+                    folded, generate, load_model, read_text, save, token_logps, use, writing)
 from train_grpo import CLEAN, HACK, MID, console_line, outcomes, routing
 
 NANO = HERE / "data/nano"
@@ -506,6 +508,20 @@ def test_a_gz_file_that_holds_too_much_is_refused(tmp_path, monkeypatch):
             assert read_text("--data", tmp_path / "x.gz", "") == "x" * n
     with pytest.raises(InputError, match="^--data .*x.gz: cannot be read .it holds more than 1000 bytes."):
         read_text("--data", tmp_path / "x.gz", "")
+
+
+def test_a_temporary_name_cannot_be_foreseen(tmp_path):
+    """It lies in a folder of a random name, which no one else may enter."""
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / f".a.{os.getpid()}.tmp").symlink_to(tmp_path / "victim")
+    names = set()
+    for text in "xy":
+        with writing(tmp_path / "a") as temporary:
+            temporary.write_text(text)
+            assert stat.S_IMODE(temporary.parent.stat().st_mode) == 0o700 and temporary.parent.parent == tmp_path
+            names.add(temporary.parent.name)
+        assert (tmp_path / "a").read_text() == text
+    assert (tmp_path / "victim").read_text() == "mine" and len(names) == 2 and len(list(tmp_path.iterdir())) == 3
 
 
 EXPERTS = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=61,

@@ -602,6 +602,8 @@ def test_preset_sets_the_defaults_and_flags_override_it():
     assert parse_args([]) == Config() and parse_args(["--preset", "seed", "--gate", "pairs"]).gate == "pairs"
     assert parse_args(["--preset", "seed", "--preset", "qwen3-4b"]) == parse_args(["--preset=qwen3-4b"])
     assert {name: cfg.preset for name, cfg in train_grpo.PRESETS.items()} == {name: name for name in train_grpo.PRESETS}
+    for text in ("x --preset seed", "--preset=seed"):  # a value is no flag
+        assert parse_args([f"--out-dir={text}", f"--model=--preset {text}"]).gate == "pairs"
     with pytest.raises(SystemExit):
         parse_args(["--preset", "no-such"])
 
