@@ -348,6 +348,8 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
     turn, ends = encode_prompt(tok, [{"role": "user", "content": "-"}]), model.generation_config.eos_token_id
     if isinstance(ends, list):  # of a text and of a turn: Gemma's and Phi's tokenizers call the former eos
         tok.eos_token_id = next((token for token in turn if token in ends), tok.eos_token_id)
+    if odd := [end for end in ends_of(model, tok) if type(end) is not int or abs(end) >= 2**63]:
+        raise InputError(f"--model {name}: its generation_config.json has eos_token_id {odd[0]!r:.40}; give token ids")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
     # Gemma 3's token for an image has no row in the weights of the text models, and no text holds it.
@@ -376,7 +378,7 @@ def context_of(model) -> int:
 def ends_of(model, tok) -> list[int]:
     """The tokens that end a completion: the tokenizer's end of turn, and those of generation_config.json."""
     ends = model.generation_config.eos_token_id
-    return sorted({tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+    return [tok.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
 
 
 def encode_prompt(tok, messages: list[dict]) -> list[int]:

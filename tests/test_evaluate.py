@@ -93,6 +93,13 @@ def test_a_model_folders_own_code_is_refused_without_a_question(tmp_path, monkey
         assert "\n" not in str(e.value) and not (tmp_path / "ran").exists()
 
 
+def test_an_end_of_sequence_that_is_no_token_is_refused(tmp_path):
+    for n, ends in enumerate(("x", [2, "x"], [[2]], {"a": 1}, 2.5, True, 10**30)):
+        folder = nano_with(tmp_path / str(n), generation_config=dict(eos_token_id=ends))
+        with pytest.raises(InputError, match=f"^--model {folder}: its generation_config.json has eos_token_id "):
+            load_model(folder)
+
+
 @pytest.mark.parametrize("special, template, refused", [(False, "", True), (True, "", False), (True, "<|new|>", True)])
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, special, template, refused):
     """Unless it is a special one that no prompt holds, such as Gemma 3's image token."""
