@@ -613,25 +613,20 @@ def peek(path: str | Path) -> dict:
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; give the adapter.safetensors of a run")
-    with opened(path) as file:
-        header = file.metadata() or {}
-        ranks = {tuple(file.get_slice(name).get_shape()[:1]) for name in file.keys() if name.endswith(".dA")}
+    try:
+        with safe_open(path, framework="pt") as file:
+            header, parts = file.metadata() or {}, {name: file.get_slice(name) for name in file.keys()}
+            dtypes = {part.get_dtype() for part in parts.values()}
+            ranks = {tuple(part.get_shape()[:1]) for name, part in parts.items() if name.endswith(".dA")}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: damaged or not a safetensors file ({error}); save or copy it again") from error
     if FORMAT not in header:
         raise InputError(f"{path}: its format is {next(iter(header), None)}, not {FORMAT}; give what lora2r.save wrote")
     info = from_json(header[FORMAT], f"{path}:", "save or copy it again", r=int, base=dict, metadata=dict)
-    if ranks != {(info["r"],)}:
-        raise InputError(f"{path}: damaged (its tensors are not of its rank {info['r']}); save or copy it again")
+    if dtypes != {"F32"} or ranks != {(info["r"],)}:
+        raise InputError(f"{path}: damaged (its tensors are not all F32 and of rank {info['r']}); save or copy it "
+                         "again")
     return info
-
-
-@contextmanager
-def opened(path: str | Path) -> Iterator[safe_open]:
-    """A safetensors file to read from. Raises InputError if it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: damaged or not a safetensors file ({error}); save or copy it again") from error
 
 
 def misfit(saved: Any, like: Tensor) -> str | None:
@@ -655,7 +650,7 @@ def load(adapter: Adapter, path: str | Path) -> dict[str, str]:
     if info["r"] != adapter.r:
         raise InputError(f"{path}: has rank r = {info['r']}, this adapter r = {adapter.r}; attach with r={info['r']}")
     tensors = adapter.tensors("dA", "dB", "A0", "B0")
-    with opened(path) as file:
+    with safe_open(path, framework="pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}
     differ = [f"{key} {theirs.get(key)} -> {ours[key]}" for key in ours
               if key != "name" and theirs.get(key) != ours[key]]
