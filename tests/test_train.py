@@ -706,6 +706,7 @@ def change_moments(**change):
     change_moments(exp_avg=torch.zeros(1)), change_moments(exp_avg_sq=torch.tensor(NAN)), change_moments(step=NAN),
     change_moments(step=torch.tensor(-1.0)),
     change_moments(step=torch.zeros(2)), lambda state: state["optimizer"]["state"].update({10**6: {}}),
+    lambda state: state["optimizer"].update(state={-1: state["optimizer"]["state"].popitem()[1]}),
     lambda state: state["optimizer"].update(state=[])])
 def test_a_checkpoint_of_other_shapes_or_numbers_is_refused_and_changes_nothing(tmp_path, plain, spoil):
     run = object.__new__(train_grpo.RunFolder)
