@@ -365,8 +365,8 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
 
 
 def context_of(model) -> int:
-    """How many tokens a prompt and its completion may have. Under longrope and dynamic rope all keys turn anew once a
-    row passes the original context: a sampler's cached keys would not be those that the update computes."""
+    """How many tokens a prompt and its completion may have. Longrope and dynamic rope change the rotation of all keys
+    once a row passes the original context: the sampler's cached keys would differ from the update's."""
     config = model.config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
     ropes = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # of all layers, or of each type
@@ -712,7 +712,8 @@ def read_text(flag: str, path: str | Path, remedy: str) -> str:
 
 
 def from_json(text: str, where: str, remedy: str, **kinds: type) -> dict:
-    """The JSON object in `text`, with a value of its type for each of `kinds`. Raises InputError, from `where` on."""
+    """The JSON object in `text`, which has a value of each type in `kinds` under its name. Raises InputError; its text
+    begins with `where`."""
     try:
         found = json.loads(text)
         if type(found) is not dict:
