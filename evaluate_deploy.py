@@ -27,8 +27,8 @@ import tyro
 from safetensors.torch import save as to_bytes
 
 from env_leetcode import Problem, Verdict, background, grade_batch, load_problems
-from lora2r import (HERE, Adapter, InputError, attach, bar, encode_prompt, folded, generate, load, load_model,
-                    located, opened_thought, peek, portable, read_text, run_script, writing)
+from lora2r import (HERE, Adapter, InputError, attach, bar, context_of, encode_prompt, folded, from_json, generate,
+                    load, load_model, located, opened_thought, peek, portable, read_text, run_script, writing)
 
 
 def rates(modes: list[str], verdicts: list[Verdict]) -> dict[str, dict]:
@@ -107,27 +107,35 @@ def hash_of(path: str | Path) -> str:
         raise InputError(f"{path}: cannot be read ({e.strerror}); give another, or change its permissions") from e
 
 
+FIELDS = dict(arm=str, seed=int, steps=int, model=str, dtype=str, modes=list, test_data=str, hashes=dict,
+              eval_samples=int, max_new_tokens=int, top_k=int)  # of config.json, those that are read here
+
+
 def read_run(folder: Path) -> dict:
     """config.json of a run folder. Raises InputError if the folder is not one."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(read_text("", path, "give a run folder that train_grpo.py wrote"))
-        settings_of(config, 0)  # a KeyError if the config lacks one of them
-        if lacking := {"arm", "seed", "steps", "model", "dtype", "modes"} - config.keys():
-            raise KeyError(*lacking)
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise InputError(f"{path}: damaged ({e!r}); give a run folder that train_grpo.py wrote") from e
+    path, remedy = folder / "config.json", "give a run folder that train_grpo.py wrote"
+    config = from_json(read_text("", path, remedy), f"{path}:", remedy, **FIELDS)
+    texts = [*config["modes"], config["hashes"].get("test_data")]
+    if min(config[name] for name in FIELDS if FIELDS[name] is int) < 0 or not all(isinstance(x, str) for x in texts):
+        raise InputError(f"{path}: damaged (a number below 0, or modes or hashes that are no text); {remedy}")
     return config
 
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl or rollouts.jsonl. Raises InputError for a missing, empty or damaged file."""
-    try:
-        if rows := [json.loads(line) for line in read_text("", path, "give a run that made a step").splitlines()]:
-            return rows
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}: damaged ({e}); train_grpo.py --resume of this run mends a torn last row") from e
-    raise InputError(f"{path}: is empty; give a run that made a step")
+    lines = read_text("", path, "give a run that made a step").splitlines()
+    if not lines:
+        raise InputError(f"{path}: is empty; give a run that made a step")
+    return [from_json(line, f"{path}:", "train_grpo.py --resume of this run mends a torn last row") for line in lines]
+
+
+def check_lengths(tok, model, max_new: int, path: str | Path, problems: list[Problem]) -> None:
+    """Raises InputError where a prompt and `max_new` tokens do not fit the model's context."""
+    limit = context_of(model) - max_new
+    for p in problems:
+        if (length := len(encode_prompt(tok, p.messages))) > limit:
+            raise InputError(f"{path}: problem {p.id} is {length} tokens, and --max-new-tokens {max_new} leaves "
+                             f"{limit} of the context; shorten either")
 
 
 def settings_of(config: dict, step: int) -> dict:
@@ -164,12 +172,17 @@ def export(model, adapter: Adapter, path: Path, format: str = "merged", tokenize
     "merged": a Hugging Face folder, the block merged into the weights; `model` is unchanged afterwards. "peft": PEFT's
     two files, a LoRA of rank 2r for the base model. Raises InputError, and replaces no folder that holds files.
     """
+    # Where experts are fused into parameters such as down_proj, PEFT takes layers of that name for the experts.
+    fused = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    if format == "peft" and (odd := fused.intersection(name.rpartition(".")[2] for name in adapter.modules)):
+        raise InputError(f"--format peft: PEFT would load the layers {', '.join(sorted(odd))} as experts, which have "
+                         "that name, too; give --format merged")
     with writing(path) as temporary:
         if format == "merged":
             with folded(adapter, quarantine=False):
                 model.save_pretrained(temporary)
             if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+                getattr(tokenizer, "as_loaded", tokenizer).save_pretrained(temporary)
             return
         temporary.mkdir()
         tensors = {}
@@ -253,21 +266,26 @@ def main(cfg: Config) -> None:
     for folder, config, header, path, problems in todo:
         model = adapter = None  # free the previous run's memory before the next model is loaded
         model, tok = load_model(cfg.model or located(config["model"]), cfg.device, config["dtype"])
+        for of_markers in problems.values():
+            check_lengths(tok, model, config["max_new_tokens"], path, of_markers)
         args = (cfg.samples, config["max_new_tokens"], config["top_k"], cfg.temperature, cfg.seed)
         if cfg.base and not runs:  # once, and before an adapter is attached
             results = {f"base, {markers}": evaluate(model, tok, None, of_markers, "base", *args)
                        for markers, of_markers in problems.items()}
             runs.append(("base", 0, results))
         adapter = attach(model, header["r"])
-        step = int(load(adapter, folder / "adapter.safetensors")["step"])
+        step = load(adapter, folder / "adapter.safetensors").get("step")
+        if not isinstance(step, str) or not step.isdecimal() or len(step) > 9:
+            raise InputError(f"{folder / 'adapter.safetensors'}: damaged (its step is {step!r:.40}); copy it again")
         if cfg.export:
             export(model, adapter, cfg.export, cfg.format, tok)
             print(f"{cfg.export}: the deployed model of {folder}, {cfg.format}")
             return
         results = {f"{setting}, {markers}": evaluate(model, tok, adapter, of_markers, setting, *args)
                    for setting in ("deployed", "full") for markers, of_markers in problems.items()}
-        settings = settings_of(config, step) | dict(samples=cfg.samples, temperature=cfg.temperature, seed=cfg.seed,
-                                                    data=portable(path), data_hash=hash_of(path))
+        settings = settings_of(config, int(step)) | dict(
+            samples=cfg.samples, temperature=cfg.temperature, seed=cfg.seed, data=portable(path),
+            data_hash=hash_of(path))
         print(f"{folder}: {write_deploy(folder, config, settings, results).name}")
         runs.append((config["arm"], config["seed"], results))
     print(format_table(runs))

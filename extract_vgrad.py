@@ -32,8 +32,8 @@ import tyro
 from torch import Tensor
 
 from env_leetcode import MODES
-from lora2r import (HERE, Adapter, InputError, attach, bar, batches, decode, encode_completion, encode_prompt,
-                    load_model, prefill, read_text, run_script, token_logps, use)
+from lora2r import (HERE, Adapter, InputError, attach, bar, batches, context_of, decode, encode_completion,
+                    encode_prompt, load_model, prefill, read_text, run_script, token_logps, use)
 
 WINDOW = 5  # tokens, a few words of a line of code: the window that is compared with whole answers
 MARGIN = 0.2  # of apart(): a smaller difference between two readings is noise
@@ -257,7 +257,7 @@ def encode_pairs(model, tok, pairs: list["Pair"], system: list[dict] = ()) -> tu
     prompts = [encode_prompt(tok, [*system, dict(role="user", content=pair.prompt)]) for pair in pairs]
     texts = [pair.clean for pair in pairs] + [pair.hack for pair in pairs]
     sides = [encode_completion(tok, text) for text in texts]
-    limit = getattr(model.config, "max_position_embeddings", 10**9)
+    limit = context_of(model)
     for pair, prompt, side in zip(pairs * 2, prompts * 2, sides):
         if len(prompt) + len(side) > limit:
             raise InputError(f"--pairs: pair {pair.name!r} is {len(prompt) + len(side)} tokens long, and the model's "

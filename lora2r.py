@@ -25,17 +25,19 @@ Shapes: G rollouts (rows of a batch), T tokens, V vocabulary, M adapted layers, 
 Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685); gradient routing, Cloud et al. 2024 (arXiv 2410.04332); masks on a
 part of the weights that is later removed: SGTM, Shilov et al. 2025 (arXiv 2512.05648).
 """
+import copy
 import gzip
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterable, Iterator, NoReturn
@@ -56,6 +58,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_
 FORMAT = "vgrout-lora2r-2"
 SHARED = 512  # prefix sharing: smallest saving, in tokens, for which the rollouts of a prompt get their own micro-batch
 LOGITS = 2**27  # fp32 logits that exist at once (0.5 GB, and as much again for each step of the log-softmax)
+UNPACKED = 2**28  # bytes that a .gz file may hold
 
 
 # ------------------------------------------------------------------------------------------------ the adapter
@@ -322,13 +325,19 @@ def folded(adapter: Adapter, quarantine: bool = True) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ tokens
+DATE = datetime(2025, 1, 1)  # today, for every chat template: on another day a run would see other prompts
+CODES = [f"%{code}" for code in [*"aAbBdHIjmMpSyY", "-d", "-m"]]
+FILTERS = "".join(f"|replace('{code}', '{DATE.strftime(code)}')" for code in CODES)
+CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{FILTERS} }}}}{{% endmacro %}}\n"
+
+
 def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
     """(model in eval mode, tokenizer) of a local folder or hub name. Raises InputError when they cannot be loaded, or
     when the weights are not exactly those that the model needs: what is missing would be random."""
     def load(**where):
-        tok = AutoTokenizer.from_pretrained(name, **where)
+        tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
         return tok, AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True, **where)
+            name, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False, **where)
 
     try:
         torch.zeros(1, device=device).item()
@@ -361,23 +370,49 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32"):
         raise InputError(f"--model {name}: its tokenizer has no chat template; use an instruct model")
     if tok.eos_token_id is None:
         raise InputError(f"--model {name}: its tokenizer has no end-of-turn token; set eos_token")
-    ends = model.generation_config.eos_token_id
+    tok.as_loaded = copy.deepcopy(tok)  # for an export
+    turn, ends = encode_prompt(tok, [{"role": "user", "content": "-"}]), model.generation_config.eos_token_id
     if isinstance(ends, list):  # of a text and of a turn: Gemma's and Phi's tokenizers call the former eos
-        turn = encode_prompt(tok, [{"role": "user", "content": "-"}])
         tok.eos_token_id = next((token for token in turn if token in ends), tok.eos_token_id)
+    if odd := [end for end in ends_of(model, tok) if type(end) is not int or abs(end) >= 2**63]:
+        raise InputError(f"--model {name}: its generation_config.json has eos_token_id {odd[0]!r:.40}; give token ids")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
+    # Gemma 3's token for an image has no row in the weights of the text models, and no text holds it.
+    special = {token for token, added in tok.added_tokens_decoder.items() if added.special}
+    highest = max(set(tok.get_vocab().values()) - special | {*turn, tok.eos_token_id})
+    if highest >= (rows := len(model.get_input_embeddings().weight)):
+        raise InputError(f"--model {name}: its tokenizer has a token {highest}, its weights are for {rows} tokens; "
+                         "give the model its own tokenizer")
     # cuDNN's attention, under torch 2.11 to 2.13, has NaN gradients on an H100 or H200 where there is a mask, as with a
     # shared prompt, and the length is 64 more than a multiple of 128: pytorch issue 196678
     torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval(), tok
 
 
+def context_of(model) -> int:
+    """How many tokens a prompt and its completion may have. Longrope and dynamic rope change the rotation of all keys
+    once a row passes the original context: the sampler's cached keys would differ from the update's."""
+    config = model.config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # of all layers, or of each type
+    limits = [rope.get("original_max_position_embeddings") for rope in ropes
+              if rope.get("rope_type") in ("longrope", "dynamic")]
+    return min(filter(None, [*limits, getattr(config, "max_position_embeddings", None)]), default=10**9)
+
+
+def ends_of(model, tok) -> list[int]:
+    """The tokens that end a completion: the tokenizer's end of turn, and those of generation_config.json."""
+    ends = model.generation_config.eos_token_id
+    return [tok.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
+
+
 def encode_prompt(tok, messages: list[dict]) -> list[int]:
     """Token ids of a chat prompt up to where the assistant begins to write. Raises InputError where the tokenizer's
     chat template fails."""
     try:
-        text = tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+        text = tok.apply_chat_template(messages, chat_template=CLOCK + tok.get_chat_template(), tokenize=False,
+                                       add_generation_prompt=True, enable_thinking=False)
     except Exception as e:  # a template is a program
         raise InputError(f"--model {tok.name_or_path}: its chat template fails ({first_line(e)}); repair it, or use "
                          "another model, or data without system messages if it takes none") from e
@@ -526,19 +561,19 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
 
     noise: [G, max_new] uniform in [0, 1) with G = sum(n): token t of rollout g is where the cumulated probabilities
     pass noise[g, t]. So a rollout depends on its own noise, not on the rows that share its batch.
-    Returns two lists of length G, prompt-major: token ids, ending in eos unless cut off at max_new, and logps [T].
+    Returns two lists of length G, prompt-major: token ids, up to one of ends_of() or max_new of them, and logps [T].
     All prompts go in one left-padded batch, each encoded once for its n[j] rollouts; finished rows leave the batch.
     top_k = 0 samples from the whole vocabulary; else the log-probabilities are still those of the untruncated softmax.
     temperature = 0 takes the likeliest token: it is top_k = 1 at temperature 1, and so are the log-probabilities.
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
-    (G, max_new), device, eos = noise.shape, next(model.parameters()).device, tok.eos_token_id
+    (G, max_new), device = noise.shape, next(model.parameters()).device
     if G == 0:
         return [], []
     n, noise = torch.tensor(n, device=device), noise.to(device)  # [P], [G, max_new]
     T = max(map(len, prompts))
-    ids = torch.tensor([[eos] * (T - len(p)) + p for p in prompts], device=device)  # [P, T]
+    ids = torch.tensor([[tok.eos_token_id] * (T - len(p)) + p for p in prompts], device=device)  # [P, T]
     attend = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, T], 0 on padding
     positions = (attend.cumsum(1) - 1).clamp(min=0)  # [P, T]
     cache = DynamicCache(config=model.config)
@@ -550,6 +585,7 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
     cache = cache if step is None else None  # its copy is enough
 
     rows = torch.arange(G, device=device)  # the rollouts still being written
+    ends = torch.tensor(ends_of(model, tok), device=device)
     out = torch.full((G, max_new), -1, device=device)
     out_logps = torch.zeros(G, max_new, device=device)
     for t in bar(range(max_new), "sampling"):
@@ -560,7 +596,7 @@ def generate(model, tok, prompts: list[list[int]], n: list[int], noise: Tensor, 
         token = token.clamp(max=cdf.shape[1] - 1)  # where rounding left the noise above the last sum
         token = likeliest.gather(1, token) if top_k else token
         out[rows, t], out_logps[rows, t] = token[:, 0], logp.gather(1, token)[:, 0]
-        alive = (token[:, 0] != eos).nonzero()[:, 0]
+        alive = torch.isin(token[:, 0], ends, invert=True).nonzero()[:, 0]
         if len(alive) == 0 or t == max_new - 1:
             break
         if step:
@@ -647,12 +683,26 @@ def peek(path: str | Path) -> dict:
         raise InputError(f"{path}: no such file; give the adapter.safetensors of a run")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            header, parts = file.metadata() or {}, {name: file.get_slice(name) for name in file.keys()}
+            dtypes = {part.get_dtype() for part in parts.values()}
+            ranks = {tuple(part.get_shape()[:1]) for name, part in parts.items() if name.endswith(".dA")}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: damaged or not a safetensors file ({error}); save or copy it again") from error
     if FORMAT not in header:
         raise InputError(f"{path}: its format is {next(iter(header), None)}, not {FORMAT}; give what lora2r.save wrote")
-    return json.loads(header[FORMAT])
+    info = from_json(header[FORMAT], f"{path}:", "save or copy it again", r=int, base=dict, metadata=dict)
+    if dtypes != {"F32"} or ranks != {(info["r"],)}:
+        raise InputError(f"{path}: damaged (its tensors are not all F32 and of rank {info['r']}); save or copy it "
+                         "again")
+    return info
+
+
+def misfit(saved: Any, like: Tensor) -> str | None:
+    """Why `saved` cannot be copied into the fp32 tensor `like`; None if it can."""
+    if not isinstance(saved, Tensor) or saved.dtype != torch.float32 or saved.shape != like.shape:
+        what = f"{saved.dtype} {list(saved.shape)}" if isinstance(saved, Tensor) else type(saved).__name__
+        return f"is {what}, not torch.float32 {list(like.shape)}"
+    return None if saved.isfinite().all() else "is not finite"
 
 
 @torch.no_grad()
@@ -660,7 +710,8 @@ def load(adapter: Adapter, path: str | Path) -> dict[str, str]:
     """Fill `adapter` bit-exactly from a file of `save`, and return its metadata.
 
     Raises InputError, with the adapter unchanged, for a bad file, another rank, other targets, or another base model
-    than the one that it was trained on (the name or path of the base may differ).
+    than the one that it was trained on (the name or path of the base may differ), and for a tensor that is not finite,
+    not of its shape, or not fp32.
     """
     info, ours = peek(path), adapter.base
     theirs = info["base"]
@@ -672,10 +723,14 @@ def load(adapter: Adapter, path: str | Path) -> dict[str, str]:
     differ = [f"{key} {theirs.get(key)} -> {ours[key]}" for key in ours
               if key != "name" and theirs.get(key) != ours[key]]
     if differ:
-        raise InputError(f"{path}: was trained on base model {theirs['name'] or theirs['model_type']!r}, this one is "
-                         f"{ours['name'] or ours['model_type']!r} ({', '.join(differ)}); load it into the former")
+        names = [base.get("name") or base.get("model_type") for base in (theirs, ours)]
+        raise InputError(f"{path}: was trained on base model {names[0]!r}, this one is {names[1]!r} "
+                         f"({', '.join(differ)}); load it into the former")
     if odd := sorted(tensors.keys() ^ saved.keys()):
         raise InputError(f"{path}: {len(odd)} tensors differ, the first is {odd[0]}; attach with its targets")
+    for name, tensor in tensors.items():
+        if reason := misfit(saved[name], tensor):
+            raise InputError(f"{path}: tensor {name} {reason}; save or copy it again")
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return info["metadata"]
@@ -712,12 +767,31 @@ def first_line(e: Exception) -> str:
 def read_text(flag: str, path: str | Path, remedy: str) -> str:
     """The text of a UTF-8 file, with or without a BOM, .gz or not. Raises InputError for one that cannot be read."""
     try:
-        data = Path(path).read_bytes()
-        data = gzip.decompress(data) if Path(path).suffix == ".gz" else data
+        zipped = Path(path).suffix == ".gz"
+        with (gzip.open if zipped else open)(path, "rb") as file:
+            data = file.read(UNPACKED + 1 if zipped else -1)
+        if zipped and len(data) > UNPACKED:
+            raise ValueError(f"it holds more than {UNPACKED} bytes")
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # as a text file is read
     except (OSError, ValueError, EOFError, zlib.error) as e:
-        reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else str(getattr(e, "strerror", e)).lower()
+        reason = str(getattr(e, "strerror", None) or e).lower()
+        reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else reason
         raise InputError(f"{flag} {path}: cannot be read ({reason}); {remedy}".strip()) from e
+
+
+def from_json(text: str, where: str, remedy: str, **kinds: type) -> dict:
+    """The JSON object in `text`, which has a value of each type in `kinds` under its name. Raises InputError; its text
+    begins with `where`."""
+    try:
+        found = json.loads(text)
+        if type(found) is not dict:
+            raise ValueError(f"it is a {type(found).__name__}, not an object")
+        for name, kind in kinds.items():
+            if type(found.get(name)) is not kind:  # True is no int
+                raise ValueError(f"{name} is {found.get(name)!r:.40}, not of type {kind.__name__}")
+    except (ValueError, RecursionError) as e:  # no JSON, or too deep, or a number of thousands of digits
+        raise InputError(f"{where} damaged ({e}); {remedy}") from e
+    return found
 
 
 @contextmanager
@@ -725,17 +799,13 @@ def writing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, for a file or a folder that becomes `path` at the end, or not at all. Raises
     InputError if it cannot."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
+    try:  # a folder with a random name, which no one else may enter
+        with tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as folder:
+            yield Path(folder) / path.name
+            os.replace(Path(folder) / path.name, path)
     except (OSError, SafetensorError) as e:
         raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); check that its folder "
                          "exists, may be written and has room; what was there before is still there") from e
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
 
 
 def portable(path: str | Path) -> str:

@@ -31,6 +31,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -49,10 +50,12 @@ from torch import Tensor
 
 from env_leetcode import (DEFAULT_MODES, Problem, Verdict, background, check_canonicals, grade_batch, load_demos,
                           load_problems, with_mode)
-from evaluate_deploy import evaluate, format_table, hash_of, rates, read_run, settings_of, write_deploy
+from evaluate_deploy import (check_lengths, evaluate, format_table, hash_of, rates, read_run, settings_of,
+                             write_deploy)
 from extract_vgrad import auroc, check_window, count, encode_pairs, extract, features, haar, load_pairs
-from lora2r import (HERE, InputError, attach, batches, encode_completion, encode_prompt, first_line, folded, generate,
-                    load_model, opened_thought, portable, read_text, run_script, save, token_logps, use, writing)
+from lora2r import (HERE, InputError, attach, batches, encode_completion, encode_prompt, first_line, folded, from_json,
+                    generate, load_model, misfit, opened_thought, portable, read_text, run_script, save, token_logps,
+                    use, writing)
 
 
 @dataclass
@@ -289,7 +292,8 @@ def train_in(run: "RunFolder", grader: ThreadPoolExecutor, cfg: Config, judge: J
     demos = load_demos(cfg.demos, problems) if cfg.mix_ratio else {}
     device = start_ranks(cfg.device)
     model, tok = load_model(cfg.model, device, cfg.dtype)
-    check_lengths(tok, model, cfg, data=problems, test_data=held_out["held-out"])
+    check_lengths(tok, model, cfg.max_new_tokens, cfg.data, problems)
+    check_lengths(tok, model, cfg.max_new_tokens, cfg.test_data, held_out["held-out"])
     system = problems[0].messages[:-1]  # the pairs' prompts get the same system message as the problems'
     pair_prompts, sides = encode_pairs(model, tok, pairs, system)
     adapter = attach(model, cfg.rank, cfg.seed)
@@ -716,6 +720,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict):
         """Raises InputError, before anything is written, if a run cannot begin or go on in `path`."""
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link stays, and its folder is the run's
         self.path, self.steps, self.made, self.lock, self.logs = path, config["steps"], 0, None, []
         files = {key: Path(config[key]) for key in PATHS if Path(config[key]).is_file()}
         config = config | {key: portable(config[key]) for key in PATHS}
@@ -753,17 +758,27 @@ class RunFolder:
         self.adapter, self.optimizer = adapter, optimizer
         if not self.goes_on:
             return 0
+        file = self.path / "state.pt"
         try:
-            state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
-            optimizer.load_state_dict(state["optimizer"])
-            with torch.no_grad():
-                for p, saved in zip(adapter.parameters(), state["adapter"], strict=True):
-                    p.copy_(saved)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            step, saved, moments = state["step"], state["adapter"], state["optimizer"]["state"]
+            params = adapter.parameters()
+            pairs = list(zip(saved, params, strict=True))
+            for i, of_param in moments.items():
+                pairs += [(of_param["exp_avg"], params[i]), (of_param["exp_avg_sq"], params[i])]
+                pairs += [(of_param["step"], torch.zeros(()))]
+            odd = next(filter(None, (misfit(tensor, like) for tensor, like in pairs)), None)
+            if odd or type(step) is not int or min([step, *moments, *(x["step"] for x in moments.values())]) < 0:
+                raise ValueError(odd or f"step {step!r:.40}")
         except Exception as e:  # a damaged pickle raises nearly anything
-            raise InputError(f"--resume: {self.path / 'state.pt'} is damaged ({first_line(e)}); start afresh") from e
-        if state["step"] > self.steps:
-            raise InputError(f"--steps {self.steps}: {self.path} has made {state['step']}; give at least as many")
-        return state["step"]
+            raise InputError(f"--resume: {file} is damaged ({first_line(e)}); start afresh") from e
+        if step > self.steps:
+            raise InputError(f"--steps {self.steps}: {self.path} has made {step}; give at least as many")
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=moments))  # the settings are this program's
+        with torch.no_grad():
+            for p, tensor in zip(params, saved):
+                p.copy_(tensor)
+        return step
 
     def open(self, step: int) -> None:
         """Begin, or go on from `step`: log rows of that step and later are dropped, since it is made again. An older
@@ -781,8 +796,9 @@ class RunFolder:
         logs = [self.path / name for name in ("metrics.jsonl", "rollouts.jsonl")]
         texts = {self.path / "config.json": json.dumps(self.config, indent=1) + "\n"}
         texts |= {path: self.earlier(path, step) for path in logs}
-        for left_over in self.path.glob(".*.tmp"):
-            left_over.unlink()
+        for name in ("config.json", "metrics.jsonl", "rollouts.jsonl", "adapter.safetensors", "state.pt"):
+            for left_over in self.path.glob(f".{name}.*.tmp"):  # of a run that was killed
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         for path, text in texts.items():
             with writing(path) as temporary:
                 temporary.write_text(text)
@@ -804,15 +820,16 @@ class RunFolder:
 
     def earlier(self, path: Path, step: int) -> str:
         """A log's rows of steps before `step`; a last row that was not written to its end is dropped. Raises InputError
-        if another is damaged."""
-        rows = read_text("--resume", path, "put it back, or start afresh").splitlines(keepends=True) if step else []
+        if another is damaged, or a step has none."""
+        remedy = "put it back, or start afresh"
+        rows = read_text("--resume", path, remedy).splitlines(keepends=True) if step else []
         if rows and not rows[-1].endswith("\n"):
             print(f"{path}: its last row is torn, and dropped")
             rows.pop()
-        try:
-            return "".join(row for row in rows if json.loads(row)["step"] < step)
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"--resume: {path} is damaged ({e!r}); put it back, or start afresh") from e
+        steps = [from_json(row, f"--resume: {path} is", remedy, step=int)["step"] for row in rows]
+        if lacking := set(range(step)).difference(steps):
+            raise InputError(f"--resume: {path} has no row of step {min(lacking)}; {remedy}")
+        return "".join(row for row, of in zip(rows, steps) if of < step)
 
     def checkpoint(self, step: int) -> None:
         """Write the adapter, and with it in one file all that --resume needs to go on with `step`."""
@@ -902,16 +919,6 @@ def check(cfg: Config, judge: Judge | None) -> None:
     if cfg.wandb and find_spec("wandb") is None:
         refuse("wandb", "wandb is not installed; pip install wandb, or leave --wandb out")
     check_window(cfg)
-
-
-def check_lengths(tok, model, cfg: Config, **files: list[Problem]) -> None:
-    """Raises InputError where a prompt and --max-new-tokens do not fit the model's context. files: flag -> problems."""
-    limit = getattr(model.config, "max_position_embeddings", 10**9) - cfg.max_new_tokens
-    for name, problems in files.items():
-        for p in problems:
-            if (length := len(encode_prompt(tok, p.messages))) > limit:
-                raise InputError(f"{getattr(cfg, name)}: problem {p.id} is {length} tokens, and --max-new-tokens "
-                                 f"{cfg.max_new_tokens} leaves {limit} of the context; shorten either")
 
 
 def parse_args(argv: list[str] | None = None) -> Config:

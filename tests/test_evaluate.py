@@ -1,19 +1,25 @@
 """evaluate_deploy: rates, evaluation, tables, run folders; the sampler in lora2r; what a step's log says."""
+import gzip
 import json
 import math
+import os
 import shutil
+import stat
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import evaluate_deploy
+import lora2r
 from env_leetcode import Verdict, load_problems
-from evaluate_deploy import (Config, evaluate, format_table, hash_of, main, rates, settings_of, wilson,
-                             write_deploy)
-from lora2r import (HERE, InputError, Lora2rLinear, attach, batches, encode_prompt, folded, generate, load_model, save,
-                    token_logps, use)
+from evaluate_deploy import (Config, check_lengths, evaluate, export, format_table, hash_of, main, rates, settings_of,
+                             wilson, write_deploy)
+from lora2r import (HERE, InputError, Lora2rLinear, attach, batches, context_of, encode_completion, encode_prompt,
+                    folded, generate, load_model, read_text, save, token_logps, use, writing)
 from train_grpo import CLEAN, HACK, MID, console_line, outcomes, routing
 
 NANO = HERE / "data/nano"
@@ -51,14 +57,109 @@ def test_thinking_is_switched_off_and_a_template_without_a_system_role_says_so()
     assert "\n" not in str(e.value)
 
 
+def test_a_template_sees_the_same_date_every_day_and_is_else_as_it_was(monkeypatch):
+    class Later(datetime):
+        now = classmethod(lambda cls: cls(2031, 7, 19))
+
+    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Later)
+    tok, user = load_model(str(NANO))[1], [{"role": "user", "content": "Sum the list."}]
+    asked = "{% macro day() %}{{ strftime_now('%A %-d %b %Y, %Y-%m-%d') }}{% endmacro %}{{ day() }}"
+    for tok.chat_template, text in ((asked, "Wednesday 1 Jan 2025, 2025-01-01"), ("\n  {% if 1 %} a{% endif %}", None)):
+        text = text or tok.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+        assert encode_prompt(tok, user) == tok(text, add_special_tokens=False)["input_ids"]
+
+
+def nano_with(folder, **changes):
+    """A copy of the embedded model, keys of its JSON files changed."""
+    shutil.copytree(NANO, folder, ignore=shutil.ignore_patterns("*.jsonl", "*.py", "__pycache__"))
+    for name, change in changes.items():
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return str(folder)
+
+
+def test_a_model_folders_own_code_is_refused_without_a_question(tmp_path, monkeypatch):
+    """The tokenizer's as well as the model's. The code would leave a file."""
+    monkeypatch.setattr("builtins.input", lambda question="": "y")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    ours = {"AutoConfig": "ours.Config", "AutoModelForCausalLM": "ours.Model"}
+    tokenizer = dict(tokenizer_class="Ours", auto_map={"AutoTokenizer": ["ours.Ours", None]})
+    for name, changes in (("model", dict(config=dict(model_type="ours", auto_map=ours))),
+                          ("tokenizer", dict(tokenizer_config=tokenizer, config=dict(model_type="ours")))):
+        folder = nano_with(tmp_path / name, **changes)
+        (tmp_path / name / "ours.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        with pytest.raises(InputError, match=f"^--model {folder}: cannot be loaded ") as e:
+            load_model(folder)
+        assert "\n" not in str(e.value) and not (tmp_path / "ran").exists()
+
+
+def test_an_end_of_sequence_that_is_no_token_is_refused(tmp_path):
+    for n, ends in enumerate(("x", [2, "x"], [[2]], {"a": 1}, 2.5, True, 10**30)):
+        folder = nano_with(tmp_path / str(n), generation_config=dict(eos_token_id=ends))
+        with pytest.raises(InputError, match=f"^--model {folder}: its generation_config.json has eos_token_id "):
+            load_model(folder)
+
+
+@pytest.mark.parametrize("special, template, refused", [(False, "", True), (True, "", False), (True, "<|new|>", True)])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, special, template, refused):
+    """Unless it is a special one that no prompt holds, such as Gemma 3's image token."""
+    content = json.loads((NANO / "tokenizer.json").read_text())
+    n = json.loads((NANO / "config.json").read_text())["vocab_size"]
+    token = content["added_tokens"][0] | dict(id=n, content="<|new|>", special=special)
+    folder = nano_with(tmp_path / "model", tokenizer=dict(added_tokens=[*content["added_tokens"], token]))
+    path = tmp_path / "model/chat_template.jinja"
+    path.write_text(template + path.read_text())
+    if not refused:
+        assert len(load_model(folder)[1]) == n + 1
+        return
+    with pytest.raises(InputError, match=f"^--model {folder}: its tokenizer has a token {n}, .* for {n} tokens; give"):
+        load_model(folder)
+
+
+LONG = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=32)
+
+
+@pytest.mark.parametrize("kind, options, context", [
+    ("Phi3", dict(rope_parameters=LONG, original_max_position_embeddings=32), 32), ("Llama", {}, 64),
+    ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, original_max_position_embeddings=48)), 48),
+    ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), 64),
+    ("Llama", dict(rope_parameters=dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=32)), 64),
+    ("Gemma3Text", dict(rope_parameters=dict(full_attention=LONG | dict(rope_theta=1e4))), 32)])
+def test_the_context_ends_where_keys_would_turn_anew(nano, monkeypatch, kind, options, context):
+    """A prompt and its completion must fit in it."""
+    config = getattr(transformers, f"{kind}Config")(hidden_size=32, num_attention_heads=4, max_position_embeddings=64,
+                                                    pad_token_id=0, **options)
+    model, (_, tok, _, problems, prompts) = SimpleNamespace(config=config), nano
+    assert context_of(model) == context
+    monkeypatch.setattr(evaluate_deploy, "context_of", lambda model: len(prompts[0]) + 9)
+    check_lengths(tok, model, 9, "x.jsonl", problems[:1])
+    with pytest.raises(InputError, match=f"^x.jsonl: problem {problems[0].id} is {len(prompts[0])} tokens, and .* 10 "):
+        check_lengths(tok, model, 10, "x.jsonl", problems[:1])
+
+
+def test_an_answer_ends_at_any_of_the_models_ends_and_an_export_keeps_the_tokenizer(tmp_path):
+    """As Hugging Face stops: the greedy answer's tokens in turn are one more end in generation_config.json."""
+    asked, own = [dict(role="user", content="Sum the list.")], transformers.AutoTokenizer.from_pretrained(NANO)
+    whole = load_model(str(NANO))[0].generate(torch.tensor([encode_prompt(own, asked)]), max_new_tokens=40)[0].tolist()
+    for ends in ([2, whole[-9]], whole[-20]):
+        folder = nano_with(tmp_path / str(ends), generation_config=dict(eos_token_id=ends, pad_token_id=None),
+                           tokenizer_config=dict(pad_token=None))
+        model, tok = load_model(folder)
+        prompt = encode_prompt(tok, asked)
+        (ours,), _ = generate(model, tok, [prompt], [1], noise(1, 40), 0)
+        assert ours == model.generate(torch.tensor([prompt]), max_new_tokens=40)[0, len(prompt):].tolist()
+        assert len(ours) < len(whole) - len(prompt) and encode_completion(tok, "a")[-1] == 2
+        export(model, attach(model, 2), tmp_path / f"{ends} out", "merged", tok)
+        own = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        own.save_pretrained(tmp_path / f"{ends} own")
+        for path in (tmp_path / f"{ends} own").iterdir():
+            assert path.read_bytes() == (tmp_path / f"{ends} out" / path.name).read_bytes(), path.name
+
+
 def test_a_turn_ends_where_the_chat_template_ends_it_and_a_model_needs_no_pad_token(tmp_path):
     """Gemma's and Phi's way: the tokenizer's eos ends a text, and generation_config.json lists what ends a turn."""
-    shutil.copytree(NANO, tmp_path / "model", ignore=shutil.ignore_patterns("*.jsonl"))
-    for name, change in (("tokenizer_config", dict(eos_token="<|pad|>", pad_token=None)),
-                         ("generation_config", dict(eos_token_id=[0, 2], pad_token_id=None))):
-        path = tmp_path / f"model/{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    tok = load_model(str(tmp_path / "model"))[1]
+    tok = load_model(nano_with(tmp_path / "model", tokenizer_config=dict(eos_token="<|pad|>", pad_token=None),
+                               generation_config=dict(eos_token_id=[0, 2], pad_token_id=None)))[1]
     assert (tok.eos_token, tok.eos_token_id, tok.pad_token_id) == ("<|im_end|>", 2, 2)
 
 
@@ -382,3 +483,71 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, monkeypatch, name, content, 
     with pytest.raises(InputError, match=f"^{path}: {says}"):
         main(Config((tmp_path / "run",), browse=page, device="cpu"))
     assert not (tmp_path / "page.html").exists()
+
+
+DEEP, DIGITS = "[" * 200_000, "9" * 5000
+
+
+@pytest.mark.parametrize("changes", [
+    DEEP, f'{{"seed": {DIGITS}}}', *(dict([change]) for change in (
+        ("arm", 1), ("seed", "0"), ("seed", True), ("seed", -1), ("steps", 1.5), ("model", None), ("dtype", 5),
+        ("modes", "sentinel"), ("modes", [[]]), ("test_data", ["x"]), ("hashes", []), ("hashes", {}), ("top_k", None),
+        ("max_new_tokens", -1), ("eval_samples", "2")))], ids=lambda x: str(x)[:40])
+def test_a_config_of_other_types_is_refused_in_one_line(tmp_path, monkeypatch, changes):
+    """As is one that is nested too deep, or holds a number of too many digits; and so are rows of such kinds."""
+    monkeypatch.setattr(evaluate_deploy, "load_model", None)
+    config = finished_run(tmp_path / "run")
+    text = changes if isinstance(changes, str) else json.dumps(config | changes)
+    (tmp_path / "run/rollouts.jsonl").write_text("{}\n" + (text if isinstance(changes, str) else "5"))
+    for name, content in (("rollouts.jsonl", None), ("config.json", text)):
+        if content:
+            (tmp_path / "run" / name).write_text(content)
+        with pytest.raises(InputError, match=f"^{tmp_path / 'run' / name}: damaged ") as e:
+            main(Config((tmp_path / "run",), browse=tmp_path / "page.html", device="cpu"))
+        assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_a_gz_file_that_holds_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora2r, "UNPACKED", 1000)
+    for n in (1000, 1001):
+        (tmp_path / "x.gz").write_bytes(gzip.compress(b"x" * n))
+        if n == 1000:
+            assert read_text("--data", tmp_path / "x.gz", "") == "x" * n
+    with pytest.raises(InputError, match="^--data .*x.gz: cannot be read .it holds more than 1000 bytes."):
+        read_text("--data", tmp_path / "x.gz", "")
+
+
+def test_a_temporary_name_cannot_be_foreseen(tmp_path):
+    """It lies in a folder of a random name, which no one else may enter."""
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / f".a.{os.getpid()}.tmp").symlink_to(tmp_path / "victim")
+    names = set()
+    for text in "xy":
+        with writing(tmp_path / "a") as temporary:
+            temporary.write_text(text)
+            assert stat.S_IMODE(temporary.parent.stat().st_mode) == 0o700 and temporary.parent.parent == tmp_path
+            names.add(temporary.parent.name)
+        assert (tmp_path / "a").read_text() == text
+    assert (tmp_path / "victim").read_text() == "mine" and len(names) == 2 and len(list(tmp_path.iterdir())) == 3
+
+
+EXPERTS = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=61,
+               num_hidden_layers=2, moe_intermediate_size=16, num_experts=4, n_routed_experts=4, num_experts_per_tok=2)
+FIRST_DENSE = dict(first_k_dense_replace=1, n_group=1, topk_group=1)
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("Qwen3Moe", dict(mlp_only_layers=[0])), ("Glm4Moe", FIRST_DENSE | dict(n_shared_experts=1)),
+    ("DeepseekV2", FIRST_DENSE | dict(q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8,
+                                      v_head_dim=8, head_dim=8, num_key_value_heads=4)), ("Olmoe", {})])
+def test_peft_gets_no_layers_that_it_takes_for_experts(tmp_path, kind, options):
+    """PEFT would lose the layers of the dense MLPs. Where attention alone is adapted it loses nothing."""
+    make_model = getattr(transformers, f"{kind}ForCausalLM")
+    model = make_model(make_model.config_class(**EXPERTS | options))
+    adapter = attach(model, 2)
+    if kind != "Olmoe":
+        with pytest.raises(InputError, match="^--format peft: .* layers down_proj .* give --format merged$"):
+            export(model, adapter, tmp_path / "out", "peft")
+        assert not list(tmp_path.iterdir())
+    else:
+        export(model, adapter, tmp_path / "out", "peft")

@@ -155,6 +155,8 @@ def d(server):
     config = json.loads((folder / "run/config.json").read_text())
     for name, file, content in (
             ("bad_state", "state.pt", "garbage"), ("bad_config", "config.json", "{]"), ("no_log", "metrics.jsonl", ""),
+            ("empty_log", "metrics.jsonl", ""), ("short_log", "rollouts.jsonl", '{"step": 0}\n{"step": 3}\n'),
+            ("deep_log", "metrics.jsonl", '{"step": ' + "[" * 200_000 + "\n"),
             ("bad_log", "rollouts.jsonl", '{"step": 0}\n{"step\n{"step": 1}\n'),
             ("bad_adapter", "adapter.safetensors", ""),
             ("elsewhere", "config.json", json.dumps(config | dict(test_data="/no/such/few.jsonl"))),
@@ -274,6 +276,9 @@ def test_a_run_in_place_is_refused_under_other_flags_and_data_and_damage(server,
         fcntl.flock(lock, fcntl.LOCK_SH)
         for name, extra, says in (
                 ("bad_state", [], "state.pt is damaged"), ("bad_log", [], "bad_log/rollouts.jsonl is damaged"),
+                ("empty_log", [], "empty_log/metrics.jsonl has no row of step 0"),
+                ("short_log", [], "short_log/rollouts.jsonl has no row of step 1"),
+                ("deep_log", [], "deep_log/metrics.jsonl is damaged"),
                 ("no_log", [], "no_log/metrics.jsonl: cannot be read"), ("bad_config", [], "config.json: damaged"),
                 ("run", ["--lr", "0.5"], f"lr was {Config().lr}, is 0.5"), ("run", ["--steps", "1"], "--steps 1")):
             before = tree(d)
@@ -341,6 +346,21 @@ def test_resume_starts_without_a_checkpoint_and_drops_torn_rows_and_left_overs(s
     (tmp_path / "run/.state.pt.77.tmp").write_text("left over")
     assert "torn" in train(server, d, tmp_path / "run", "--resume")
     same(d / "run", tmp_path / "run")
+
+
+def test_a_link_to_a_run_stays_and_the_run_that_it_names_is_kept(server, d, tmp_path):
+    """The new run is made where the link points to; a folder of foreign dotfiles keeps them."""
+    shutil.copytree(d / "run", tmp_path / "disk/x")
+    (tmp_path / "disk/mine").mkdir()
+    for name in (".note.tmp", ".config.json"):
+        (tmp_path / "disk/mine" / name).write_text("mine")
+    for name in ("x", "mine"):
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        (tmp_path / "runs" / name).symlink_to(tmp_path / "disk" / name)
+        train(server, d, tmp_path / "runs" / name)
+        assert (tmp_path / "runs" / name).is_symlink() and sorted(os.listdir(tmp_path / "runs"))[0] != "old"
+    same(d / "run", tmp_path / "disk/x"), same(d / "run", tmp_path / "disk/old/x.1")
+    assert [(tmp_path / "disk/mine" / name).read_text() for name in (".note.tmp", ".config.json")] == ["mine"] * 2
 
 
 def test_an_older_run_is_kept_out_of_the_glob(server, d, tmp_path):

@@ -455,6 +455,24 @@ def test_save_and_load_round_trip_bit_exactly(tmp_path):
         assert_same(values(adapter), values(other))
 
 
+def spoiled(change):
+    """Rewrites a saved adapter, after a change to its tensors or to its header: {"r", "base", "metadata"}."""
+    def spoil(path):
+        tensors, info = load_file(path), peek(path)
+        change(tensors, info)
+        save_file(tensors, path, {lora2r.FORMAT: json.dumps(info)})
+    return spoil
+
+
+def each(change):
+    return spoiled(lambda tensors, info: tensors.update({name: change(tensors[name]) for name in tensors}))
+
+
+def last(change):
+    """Spoils the tensor that is copied last: by then the others must not have been."""
+    return spoiled(lambda tensors, info: tensors.update({name: change(tensors[name]) for name in [max(tensors)]}))
+
+
 @pytest.mark.parametrize("model, options, spoil, says", [  # of what is in the file, and what the line says of it
     ({}, {}, lambda path: path.unlink(), "no such file"),
     ({}, {}, lambda path: path.write_bytes(path.read_bytes()[:-100]), "damaged"),
@@ -464,7 +482,19 @@ def test_save_and_load_round_trip_bit_exactly(tmp_path):
     (dict(seed=1), {}, None, "trained on base model 'first'.*this one is 'qwen3'.*weights"),
     (dict(layers=1), {}, None, "trained on base model 'first'.*num_hidden_layers 1 -> 2"),
     (dict(kind="Llama"), {}, None, "trained on base model 'first'.*model_type llama -> qwen3"),
-], ids="missing truncated other rank targets weights sizes architecture".split())
+    ({}, {}, each(lambda t: torch.zeros(1)), "damaged .its tensors are not all F32 and of rank 3"),
+    ({}, {}, last(lambda t: t[:1].clone()), r"tensor .* is torch.float32 \[1, .*not torch.float32 \[16, 3"),
+    ({}, {}, last(lambda t: t.int()), "damaged .its tensors are not all F32"),
+    ({}, {}, last(lambda t: t.bfloat16()), "damaged .its tensors are not all F32"),
+    ({}, {}, last(lambda t: t.fill_(float("nan"))), "tensor .* is not finite"),
+    ({}, {}, spoiled(lambda tensors, info: info.update(r=10**9)), "damaged .*of rank 1000000000"),
+    ({}, {}, spoiled(lambda tensors, info: info.update(r="3")), "damaged .r is '3', not of type int"),
+    ({}, {}, spoiled(lambda tensors, info: info.update(base=["x"])), "damaged .base is .*, not of type dict"),
+    ({}, {}, spoiled(lambda tensors, info: info.update(base={})), "trained on base model None.*model_type None"),
+    ({}, {}, spoiled(lambda tensors, info: info.pop("metadata")), "damaged .metadata is None, not of type dict"),
+    ({}, {}, lambda path: save_file({"x": torch.zeros(1)}, path, {lora2r.FORMAT: "[" * 10**5}), "damaged .maximum rec"),
+], ids="missing truncated other rank targets weights sizes architecture scalars shape int bf16 nan ranks r base "
+       "no_base metadata deep".split())
 def test_load_refuses_with_one_clear_line_and_leaves_the_adapter_alone(model, options, spoil, says, tmp_path):
     path, theirs = tmp_path / "adapter.safetensors", tiny_model(**model)
     theirs.config.name_or_path = "first"

@@ -20,7 +20,7 @@ import reference
 import train_grpo
 from env_leetcode import MODES, grade_batch, load_demos, load_problems
 from extract_vgrad import load_pairs
-from lora2r import InputError, Lora2rLinear, peek
+from lora2r import InputError, Lora2rLinear, attach, load_model, peek
 from train_grpo import (CLEAN, HACK, HERE, LABELS, MID, Config, Rollout, advantages, arm_of, draws,
                         importance_weight, match_counts, name_of, parse_args, train)
 
@@ -602,6 +602,8 @@ def test_preset_sets_the_defaults_and_flags_override_it():
     assert parse_args([]) == Config() and parse_args(["--preset", "seed", "--gate", "pairs"]).gate == "pairs"
     assert parse_args(["--preset", "seed", "--preset", "qwen3-4b"]) == parse_args(["--preset=qwen3-4b"])
     assert {name: cfg.preset for name, cfg in train_grpo.PRESETS.items()} == {name: name for name in train_grpo.PRESETS}
+    for text in ("x --preset seed", "--preset=seed"):  # a value is no flag
+        assert parse_args([f"--out-dir={text}", f"--model=--preset {text}"]).gate == "pairs"
     with pytest.raises(SystemExit):
         parse_args(["--preset", "no-such"])
 
@@ -686,6 +688,38 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, small, monkeypatch, ju
     resumed = go(tmp_path / "cut", small, judge, steps=4, resume=True, **options)
     assert resumed[0] == whole[0] and all(torch.equal(resumed[1][name], whole[1][name]) for name in whole[1])
     assert read(tmp_path / "cut", "rollouts") == read(tmp_path / "whole", "rollouts")
+
+
+def change_moments(**change):
+    def spoil(state):
+        moments = state["optimizer"]["state"]
+        moments[max(moments)].update(change)
+    return spoil
+
+
+@pytest.mark.parametrize("spoil", [
+    *(lambda state, step=step: state.update(step=step) for step in (-1, 1.5, NAN, True, "2", None)),
+    lambda state: state.update(adapter=[torch.zeros(1)] * len(state["adapter"])),
+    lambda state: state["adapter"].pop(), lambda state: state["adapter"][-1].fill_(NAN),
+    lambda state: state["adapter"].append(state["adapter"].pop().int()),
+    lambda state: state["adapter"].append(state["adapter"].pop().bfloat16()), lambda state: state.pop("optimizer"),
+    change_moments(exp_avg=torch.zeros(1)), change_moments(exp_avg_sq=torch.tensor(NAN)), change_moments(step=NAN),
+    change_moments(step=torch.tensor(-1.0)),
+    change_moments(step=torch.zeros(2)), lambda state: state["optimizer"]["state"].update({10**6: {}}),
+    lambda state: state["optimizer"].update(state={-1: state["optimizer"]["state"].popitem()[1]}),
+    lambda state: state["optimizer"].update(state=[])])
+def test_a_checkpoint_of_other_shapes_or_numbers_is_refused_and_changes_nothing(tmp_path, plain, spoil):
+    run = object.__new__(train_grpo.RunFolder)
+    run.path, run.steps, run.goes_on = tmp_path, 2, True
+    adapter = attach(load_model(str(HERE / "data/nano"))[0], 8)
+    optimizer = torch.optim.AdamW(adapter.parameters())
+    state = torch.load(plain[0] / "state.pt", weights_only=True)
+    spoil(state)
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(InputError, match="^--resume: .*state.pt is damaged .*; start afresh$") as e:
+        run.resume(adapter, optimizer)
+    assert "\n" not in str(e.value)
+    assert not any(p.any() for p in adapter.parameters()) and not optimizer.state_dict()["state"]
 
 
 def test_a_dry_run_says_what_a_run_would_be_and_writes_nothing(tmp_path, small, capsys, monkeypatch):
