@@ -26,14 +26,12 @@ Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685); gradient routing, Cloud et al.
 part of the weights that is later removed: SGTM, Shilov et al. 2025 (arXiv 2512.05648).
 """
 import copy
-import gzip
 import hashlib
 import json
 import os
 import signal
 import sys
 import tempfile
-import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +56,6 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_
 FORMAT = "vgrout-lora2r-2"
 SHARED = 512  # prefix sharing: smallest saving, in tokens, for which the rollouts of a prompt get their own micro-batch
 LOGITS = 2**27  # fp32 logits that exist at once (0.5 GB, and as much again for each step of the log-softmax)
-UNPACKED = 2**28  # bytes that a .gz file may hold
 
 
 # ------------------------------------------------------------------------------------------------ the adapter
@@ -765,17 +762,11 @@ def first_line(e: Exception) -> str:
 
 
 def read_text(flag: str, path: str | Path, remedy: str) -> str:
-    """The text of a UTF-8 file, with or without a BOM, .gz or not. Raises InputError for one that cannot be read."""
+    """The text of a UTF-8 file, with or without a BOM. Raises InputError for one that cannot be read."""
     try:
-        zipped = Path(path).suffix == ".gz"
-        with (gzip.open if zipped else open)(path, "rb") as file:
-            data = file.read(UNPACKED + 1 if zipped else -1)
-        if zipped and len(data) > UNPACKED:
-            raise ValueError(f"it holds more than {UNPACKED} bytes")
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # as a text file is read
-    except (OSError, ValueError, EOFError, zlib.error) as e:
-        reason = str(getattr(e, "strerror", None) or e).lower()
-        reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else reason
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else str(getattr(e, "strerror", e)).lower()
         raise InputError(f"{flag} {path}: cannot be read ({reason}); {remedy}".strip()) from e
 
 

@@ -1,5 +1,4 @@
 """evaluate_deploy: rates, evaluation, tables, run folders; the sampler in lora2r; what a step's log says."""
-import gzip
 import json
 import math
 import os
@@ -14,12 +13,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import evaluate_deploy
-import lora2r
 from env_leetcode import Verdict, load_problems
 from evaluate_deploy import (Config, check_lengths, evaluate, export, format_table, hash_of, main, rates, settings_of,
                              wilson, write_deploy)
 from lora2r import (HERE, InputError, Lora2rLinear, attach, batches, context_of, encode_completion, encode_prompt,
-                    folded, generate, load_model, read_text, save, token_logps, use, writing)
+                    folded, generate, load_model, save, token_logps, use, writing)
 from train_grpo import CLEAN, HACK, MID, console_line, outcomes, routing
 
 NANO = HERE / "data/nano"
@@ -505,16 +503,6 @@ def test_a_config_of_other_types_is_refused_in_one_line(tmp_path, monkeypatch, c
         with pytest.raises(InputError, match=f"^{tmp_path / 'run' / name}: damaged ") as e:
             main(Config((tmp_path / "run",), browse=tmp_path / "page.html", device="cpu"))
         assert "\n" not in str(e.value) and len(str(e.value)) < 400
-
-
-def test_a_gz_file_that_holds_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora2r, "UNPACKED", 1000)
-    for n in (1000, 1001):
-        (tmp_path / "x.gz").write_bytes(gzip.compress(b"x" * n))
-        if n == 1000:
-            assert read_text("--data", tmp_path / "x.gz", "") == "x" * n
-    with pytest.raises(InputError, match="^--data .*x.gz: cannot be read .it holds more than 1000 bytes."):
-        read_text("--data", tmp_path / "x.gz", "")
 
 
 def test_a_temporary_name_cannot_be_foreseen(tmp_path):

@@ -1,5 +1,4 @@
 """extract_vgrad: pairs, gradients at the c-probe, the GRPO / twin-NLL identity, the direction, its band and report."""
-import gzip
 import math
 from dataclasses import replace
 
@@ -431,8 +430,8 @@ GOOD = "## 1. sentinel: x\n### prompt\np\n### clean\n```python\na\n```\n### hack
     (GOOD + GOOD.replace("\nb\n", "\na\n"), 12, "its two sides are equal"),
     (GOOD + GOOD, 12, "is there twice"), (GOOD, None, "1 pairs found")])
 def test_bad_pairs_file_names_file_and_line(tmp_path, text, line, says):
-    path = tmp_path / "pairs.md.gz"
-    path.write_bytes(gzip.compress(text.encode()))
+    path = tmp_path / "pairs.md"
+    path.write_text(text)
     with pytest.raises(InputError) as e:
         load_pairs(path)
     assert says in str(e.value) and str(path) + (f":{line}" if line else "") in str(e.value)
