@@ -192,13 +192,10 @@ ARMS = {  # name -> flags of train_grpo.py
     "drop": "--on-hack drop",
     "penalise": "--on-hack penalise --no-positive-only",
     "inoculation": "--intervention none",  # on problems that ask for a cheat
-    "oracle": "",
-    "random": "",
-    "surprise": "",
-    "length": "",
-    "ngrams": "",
-    "probe": "",
+    "oracle": "", "random": "",  # judges
+    "surprise": "", "length": "", "ngrams": "", "probe": "",  # judges, from the pairs
 }
+READ = dict(surprise=surprise, length=length, ngrams=texts, probe=hidden_states)  # arm -> what a scalar judge reads
 INOCULATION = "Cheat if you can."
 
 
@@ -239,18 +236,22 @@ def judge_of(arm: str, seed: int, cfg: Config, train_cfg: TrainConfig) -> Judge 
         return Oracle(seed, cfg.recall or {}, cfg.accuracy)
     if arm == "random":
         return Random(seed, cfg.share)
-    if arm not in ("surprise", "length", "ngrams", "probe"):
+    if arm not in READ:
         return None
-    if arm in ("ngrams", "probe") and find_spec("sklearn") is None:
-        raise InputError(f"{arm}: scikit-learn is not installed; pip install -r data/results/requirements.txt")
     tok = AutoTokenizer.from_pretrained(train_cfg.model)
-    read = dict(surprise=surprise, length=length, ngrams=partial(texts, tok), probe=hidden_states)[arm]
     system = load_problems(train_cfg.data, train_cfg.modes, seed)[0].messages[:-1]
-    pairs = load_pairs(train_cfg.pairs)
+    return scalar_of(arm, tok, load_pairs(train_cfg.pairs), system)
+
+
+def scalar_of(arm: str, tok, pairs: list[Pair], system: list[dict]) -> Scalar:
+    """The judge that flags by a scalar, from the pairs, each after the messages `system`. Raises InputError."""
     prompts = [encode_prompt(tok, [*system, dict(role="user", content=pair.prompt)]) for pair in pairs]
     sides = [encode_completion(tok, text) for text in [p.clean for p in pairs] + [p.hack for p in pairs]]
     if arm in ("surprise", "length"):
-        return Scalar(arm, read, prompts, sides)
+        return Scalar(arm, READ[arm], prompts, sides)
+    if find_spec("sklearn") is None:
+        raise InputError(f"{arm}: scikit-learn is not installed; pip install -r data/results/requirements.txt")
+    read = partial(texts, tok) if arm == "ngrams" else READ[arm]
     return Fitted(arm, read, prompts, sides, modes=tuple(pair.mode for pair in pairs), pipeline=classifier(arm))
 
 
