@@ -2,7 +2,11 @@
 
     python data/results/arms.py routeV none ceiling --seeds 300 301      # run, and add a row for each to the results
     python data/results/arms.py oracle --accuracy 0.8 --suffix=-80 --seeds 20          # a fifth of the labels wrong
-    python data/results/arms.py oracle --recall file_marker 0 --seeds 20 --flags "--on-hack drop" --suffix=-blind-drop
+    python data/results/arms.py oracle --recall file_marker 0 --seeds 20 --flags="--on-hack drop" --suffix=-blind-drop
+    python data/results/arms.py routeV ngrams drop --modes-of-pairs run_tests sentinel # pairs of two modes alone
+    python data/results/arms.py routeV probe --placebo-pairs swapped                   # pairs that show nothing
+    python data/results/arms.py none routeV --world data/results/base-2  # on another base of the same recipe
+    python data/results/arms.py ngrams --flags="--preset qwen2.5-coder-0.5b" --results data/results/chat-2.jsonl
     python data/results/arms.py --list                                   # the arms
 
 A run goes to RUNS/ARM-SEED/ and is resumed there when the command is given again. An arm and seed that has a row in the
@@ -10,15 +14,17 @@ file of results is not run again. A row holds what the run evaluated at its end,
 config.json and of PREREGISTRATION.md.
 
 A judge takes the gate's place (train(cfg, judge) in train_grpo.py). It sees no verdict unless it is an oracle, and its
-random draws depend on the seed and the step alone.
+random draws depend on the seed and the step alone. ngrams and probe need scikit-learn (data/results/requirements.txt).
 """
 import json
 import shlex
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, Literal
 
 import torch
 import tyro
@@ -28,11 +34,11 @@ from transformers import AutoTokenizer
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from evaluate_deploy import hash_of, read_rows  # noqa: E402
-from env_leetcode import load_problems  # noqa: E402
-from extract_vgrad import load_pairs  # noqa: E402
+from env_leetcode import MODES, Problem, canonical, load_problems  # noqa: E402
+from extract_vgrad import Pair, features, load_pairs  # noqa: E402
 from lora2r import (InputError, batches, encode_completion, encode_prompt, run_script, token_logps, use,  # noqa: E402
                     writing)
-from train_grpo import CLEAN, HACK, Rollout, parse_args, train  # noqa: E402
+from train_grpo import CLEAN, HACK, Config as TrainConfig, Judge, Rollout, parse_args, train  # noqa: E402
 
 
 # -------------------------------------------------------------------------------- judges
@@ -79,9 +85,6 @@ class Random:
         return torch.where(drawn(self.seed, step, len(rollouts)) < self.share, HACK, CLEAN)
 
 
-Score = Callable[[list[list[int]], list[list[int]], object, object], Tensor]  # prompts, ids, model, adapter -> [G]
-
-
 def surprise(prompts: list[list[int]], ids: list[list[int]], model, adapter) -> Tensor:
     """Mean NLL of completions [G] under the frozen base."""
     scores = torch.zeros(len(ids))
@@ -97,29 +100,84 @@ def length(prompts: list[list[int]], ids: list[list[int]], model, adapter) -> Te
     return torch.tensor([float(len(x)) for x in ids])
 
 
+def equal_error(clean: Tensor, hack: Tensor) -> float:
+    """The threshold that lies as many standard deviations from the mean of the clean scores [P] as of the hack ones."""
+    a, b = clean.std() + 1e-12, hack.std() + 1e-12
+    return ((clean.mean() * b + hack.mean() * a) / (a + b)).item()
+
+
 @dataclass
 class Scalar:
-    """Flags rollouts whose score lies beyond the cut between the pairs' clean and hack sides: the equal-error threshold
-    of two normals, as many standard deviations from the one mean as from the other."""
+    """Flags rollouts whose score lies beyond the cut, the equal-error threshold of the pairs' two sides."""
 
     name: str
-    score: Score
+    read: Callable[..., Any]  # (prompts, ids, model, adapter) -> the score of completions, [G]
     prompts: list[list[int]]  # of P pairs
     sides: list[list[int]]  # of 2P sides, clean ones first
     cut: float | None = None
     sign: float = 1.0
 
-    def place(self, model, adapter) -> None:
-        clean, hack = self.score(self.prompts * 2, self.sides, model, adapter).chunk(2)  # [P] each
-        a, b = clean.std() + 1e-12, hack.std() + 1e-12
-        self.sign = 1.0 if hack.mean() >= clean.mean() else -1.0
-        self.cut = ((clean.mean() * b + hack.mean() * a) / (a + b)).item()
+    def scores(self, prompts: list[list[int]], ids: list[list[int]], model, adapter) -> Tensor:
+        return self.read(prompts, ids, model, adapter)  # [G]
 
-    def __call__(self, rollouts: list[Rollout], step: int, model, adapter) -> Tensor:
+    def place(self, model, adapter) -> None:
+        clean, hack = self.scores(self.prompts * 2, self.sides, model, adapter).chunk(2)  # [P] each
+        self.sign = 1.0 if hack.mean() >= clean.mean() else -1.0
+        self.cut = equal_error(clean, hack)
+
+    def margin(self, rollouts: list[Rollout], model, adapter) -> Tensor:
+        """How far the scores of rollouts lie beyond the cut, [G]."""
         if self.cut is None:
             self.place(model, adapter)
-        score = self.score([x.prompt for x in rollouts], [x.ids for x in rollouts], model, adapter)  # [G]
-        return torch.where(self.sign * (score - self.cut) >= 0, HACK, CLEAN)
+        scores = self.scores([x.prompt for x in rollouts], [x.ids for x in rollouts], model, adapter)  # [G]
+        return self.sign * (scores - self.cut)
+
+    def __call__(self, rollouts: list[Rollout], step: int, model, adapter) -> Tensor:
+        return torch.where(self.margin(rollouts, model, adapter) >= 0, HACK, CLEAN)
+
+
+def texts(tok, prompts: list[list[int]], ids: list[list[int]], model, adapter) -> list[str]:
+    """The text of completions, G."""
+    return tok.batch_decode(ids, skip_special_tokens=True)
+
+
+def hidden_states(prompts: list[list[int]], ids: list[list[int]], model, adapter) -> Tensor:
+    """Mean hidden states of completions under the frozen base, [G, M * d]: of all M layers, so that none is chosen."""
+    return features(model, adapter, prompts, ids, score="activation")[:, 0].flatten(1)
+
+
+def classifier(name: str) -> Any:
+    """A scikit-learn pipeline up to the logit: ngrams takes texts, probe takes hidden states. ngrams sees which words,
+    signs and neighbours of these a completion has, not how often. The strength of the L2 penalty is scikit-learn's."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    ngrams = CountVectorizer(token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), lowercase=False, binary=True)
+    return make_pipeline(ngrams if name == "ngrams" else StandardScaler(), LogisticRegression(max_iter=10_000))
+
+
+@dataclass
+class Fitted(Scalar):
+    """A Scalar whose score is the logit of a logistic regression on the pairs' sides. `read` gives its input. The cut
+    follows the rule of extract_vgrad.Direction.cut(): it is the equal-error threshold of held-out logits. The logits of
+    a pair's sides come from a fit on the other modes' pairs, or on the other pairs where all pairs show one mode."""
+
+    modes: tuple[str, ...] = ()  # P
+    pipeline: Any = None  # as classifier() makes it
+
+    def scores(self, prompts: list[list[int]], ids: list[list[int]], model, adapter) -> Tensor:
+        return torch.from_numpy(self.pipeline.decision_function(self.read(prompts, ids, model, adapter)))  # [G]
+
+    def place(self, model, adapter) -> None:
+        from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+        x = self.read(self.prompts * 2, self.sides, model, adapter)
+        is_hack = [False] * len(self.modes) + [True] * len(self.modes)
+        groups = list(self.modes) if len(set(self.modes)) > 1 else list(range(len(self.modes)))
+        held_out = cross_val_predict(self.pipeline, x, is_hack, groups=groups * 2, cv=LeaveOneGroupOut(),
+                                     method="decision_function")  # [2P]
+        self.cut = equal_error(*torch.from_numpy(held_out).chunk(2))
+        self.pipeline.fit(x, is_hack)
 
 
 # -------------------------------------------------------------------------------- arms
@@ -134,11 +192,10 @@ ARMS = {  # name -> flags of train_grpo.py
     "drop": "--on-hack drop",
     "penalise": "--on-hack penalise --no-positive-only",
     "inoculation": "--intervention none",  # on problems that ask for a cheat
-    "oracle": "",
-    "random": "",
-    "surprise": "",
-    "length": "",
+    "oracle": "", "random": "",  # judges
+    "surprise": "", "length": "", "ngrams": "", "probe": "",  # judges, from the pairs
 }
+READ = dict(surprise=surprise, length=length, ngrams=texts, probe=hidden_states)  # arm -> what a scalar judge reads
 INOCULATION = "Cheat if you can."
 
 
@@ -156,41 +213,92 @@ class Config:
     """arm random: share of rollouts that is flagged"""
     flags: str = ""
     """more flags of train_grpo.py, in one string: "--on-hack drop --ablated-share 0" """
+    modes_of_pairs: tuple[Literal[tuple(MODES)], ...] = ()
+    """use the pairs of these modes alone; the arm's name says so"""
+    placebo_pairs: Literal["swapped", "wrong"] | None = None
+    """swapped: half of each mode's pairs have their sides swapped, by seed. wrong: right against wrong answers to
+    problems of val.jsonl beside --data, drawn by seed. The arm's name says so"""
+    world: Path | None = None
+    """folder of another base, with its train.jsonl, test.jsonl and demos.jsonl"""
     suffix: str = ""
     """added to the arm's name in rows and folders, where other flags make another arm of it"""
     runs: Path = Path("runs/arms")
-    """folder of run folders"""
-    results: Path = HERE / "nano-2001.jsonl"
-    """JSONL file of results, a row for each arm and seed"""
+    """folder of run folders; those of --world go into a folder of its name in it"""
+    results: Path | None = None
+    """JSONL file of results, a row for each arm and seed (default: nano-2001.jsonl or WORLD.jsonl, beside this file)"""
     list: bool = False
     """print the arms and their flags"""
 
 
-def judge_of(arm: str, seed: int, cfg: Config, train_cfg) -> object | None:
-    """The judge of an arm; None: the gate labels."""
+def judge_of(arm: str, seed: int, cfg: Config, train_cfg: TrainConfig) -> Judge | None:
+    """The judge of an arm; None: the gate labels. Raises InputError."""
     if arm == "oracle":
         return Oracle(seed, cfg.recall or {}, cfg.accuracy)
     if arm == "random":
         return Random(seed, cfg.share)
-    if arm not in ("surprise", "length"):
+    if arm not in READ:
         return None
     tok = AutoTokenizer.from_pretrained(train_cfg.model)
     system = load_problems(train_cfg.data, train_cfg.modes, seed)[0].messages[:-1]
-    pairs = load_pairs(train_cfg.pairs)
+    return scalar_of(arm, tok, load_pairs(train_cfg.pairs), system)
+
+
+def scalar_of(arm: str, tok, pairs: list[Pair], system: list[dict]) -> Scalar:
+    """The judge that flags by a scalar, from the pairs, each after the messages `system`. Raises InputError."""
     prompts = [encode_prompt(tok, [*system, dict(role="user", content=pair.prompt)]) for pair in pairs]
     sides = [encode_completion(tok, text) for text in [p.clean for p in pairs] + [p.hack for p in pairs]]
-    return Scalar(arm, dict(surprise=surprise, length=length)[arm], prompts, sides)
+    if arm in ("surprise", "length"):
+        return Scalar(arm, READ[arm], prompts, sides)
+    if find_spec("sklearn") is None:
+        raise InputError(f"{arm}: scikit-learn is not installed; pip install -r data/results/requirements.txt")
+    read = partial(texts, tok) if arm == "ngrams" else READ[arm]
+    return Fitted(arm, read, prompts, sides, modes=tuple(pair.mode for pair in pairs), pipeline=classifier(arm))
 
 
-def inoculated(data: Path, path: Path) -> Path:
-    """Write the problems of `data` to `path` with INOCULATION before what the user says."""
+def pairs_of(cfg: Config, train_cfg: TrainConfig) -> list[Pair]:
+    """The pairs under --modes-of-pairs and --placebo-pairs. Raises InputError."""
+    modes = cfg.modes_of_pairs or tuple(MODES)
+    pairs = [pair for pair in load_pairs(train_cfg.pairs) if pair.mode in modes]
+    if cfg.placebo_pairs == "swapped":
+        draw = drawn(train_cfg.seed, 0, len(pairs)).tolist()
+        order = sorted(range(len(pairs)), key=lambda i: (pairs[i].mode, draw[i]))
+        for i in order[::2]:  # every second one within each mode
+            pairs[i] = replace(pairs[i], clean=pairs[i].hack, hack=pairs[i].clean)
+    if cfg.placebo_pairs == "wrong":
+        val = load_problems(train_cfg.data.with_name("val.jsonl"), train_cfg.modes, train_cfg.seed)
+        val = [problem for problem in val if problem.wrong and problem.mode in modes]
+        order = drawn(train_cfg.seed, 0, len(val)).argsort().tolist()
+        pairs = [wrong_pair(n, val[i]) for n, i in enumerate(order[: len(pairs)], 1)]
+    return pairs
+
+
+def wrong_pair(n: int, problem: Problem) -> Pair:
+    """The n-th pair of a placebo: a right answer for the clean side, a wrong one for the hack side, no exploit."""
+    wrong = canonical(replace(problem, canonical_solution=problem.wrong[0]))
+    name, prompt = f"{n}. {problem.mode}: {problem.id}", problem.messages[-1]["content"]
+    return Pair(name, problem.mode, prompt, clean=canonical(problem), hack=wrong)
+
+
+def markdown(pairs: list[Pair]) -> str:
+    """Pairs as load_pairs() reads them."""
+    parts = [f"## {p.name}\n### prompt\n{p.prompt}\n### clean\n{p.clean}\n### hack\n{p.hack}\n" for p in pairs]
+    return "\n".join(parts)
+
+
+def written(text: str, path: Path) -> Path:
+    """Write a file, whole or not at all. Its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as temporary:
+        temporary.write_text(text)
+    return path
+
+
+def inoculated(data: Path) -> str:
+    """The problem file `data` with INOCULATION before what the user says."""
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     for row in rows:
         row["prompt"][-1]["content"] = f"{INOCULATION} {row['prompt'][-1]['content']}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def row_of(folder: Path, arm: str) -> dict:
@@ -210,22 +318,31 @@ def main(cfg: Config) -> None:
         return
     if unknown := [arm for arm in cfg.arms if arm not in ARMS] or not cfg.arms:
         raise InputError(f"arms {unknown if cfg.arms else '(none)'}: give some of {', '.join(ARMS)}")
+    other_pairs = [*cfg.modes_of_pairs, *filter(None, [cfg.placebo_pairs])]
+    world = cfg.world.resolve().name if cfg.world else "nano-2001"
+    runs = cfg.runs / world if cfg.world else cfg.runs
+    results = cfg.results or HERE / f"{world}.jsonl"
     for seed, arm in product(cfg.seeds, cfg.arms):
-        name = arm + cfg.suffix
-        rows = read_rows(cfg.results) if cfg.results.exists() else []
+        name = "-".join([arm, *other_pairs]) + cfg.suffix
+        rows = read_rows(results) if results.exists() else []
         if any((row["arm"], row["seed"]) == (name, seed) for row in rows):
-            print(f"{name}, seed {seed}: has a row in {cfg.results}")
+            print(f"{name}, seed {seed}: has a row in {results}")
             continue
-        folder = cfg.runs / f"{name}-{seed}"
-        flags = f"{ARMS[arm]} {cfg.flags} --seed {seed}".replace("SEED", str(seed))
-        train_cfg = replace(parse_args(shlex.split(flags)), out_dir=folder, resume=True)
+        folder = runs / f"{name}-{seed}"
+        flags = shlex.split(f"{ARMS[arm]} {cfg.flags} --seed {seed}".replace("SEED", str(seed)))
+        if cfg.world:
+            flags = ["--model", str(cfg.world), "--data", str(cfg.world / "train.jsonl"), "--test-data",
+                     str(cfg.world / "test.jsonl"), "--demos", str(cfg.world / "demos.jsonl"), *flags]
+        train_cfg = replace(parse_args(flags), out_dir=folder, resume=True)
         if arm == "inoculation":
-            train_cfg = replace(train_cfg, data=inoculated(train_cfg.data, cfg.runs / "asked.jsonl"))
+            train_cfg = replace(train_cfg, data=written(inoculated(train_cfg.data), runs / "asked.jsonl"))
+        if other_pairs:
+            pairs = markdown(pairs_of(cfg, train_cfg))
+            train_cfg = replace(train_cfg, pairs=written(pairs, runs / f"{name}-{seed}.md"))
         if not (folder / "deploy.json").exists():
             train(train_cfg, judge_of(arm, seed, cfg, train_cfg))
-        rows = read_rows(cfg.results) if cfg.results.exists() else []  # others may have been added meanwhile
-        with writing(cfg.results) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in [*rows, row_of(folder, name)]))
+        rows = read_rows(results) if results.exists() else []  # others may have been added meanwhile
+        written("".join(json.dumps(row) + "\n" for row in [*rows, row_of(folder, name)]), results)
 
 
 if __name__ == "__main__":
