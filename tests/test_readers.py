@@ -55,6 +55,9 @@ def test_the_cut_of_a_fitted_judge_is_placed_by_modes_that_the_fit_did_not_see()
     assert unseen.cut < -0.3
     one_mode = ngrams(*[("sentinel", clean, hack) for _, clean, hack in own])  # leaves out a pair: its word is known
     assert one_mode.cut > unseen.cut + 0.2
+    unseen.name = "ngrams-0"
+    unseen.place(None, None)
+    assert unseen.cut == 0
     assert shared([rollout("a0 b"), rollout("x cheat"), rollout("(cheat)")], 0, None, None).tolist() == [0, 2, 2]
 
 
@@ -168,8 +171,8 @@ def test_readers_from_the_command_to_rows(tmp_path, capsys, small):
                          pairs_modes=("all", "run_tests+sentinel"), out=tmp_path / "out.jsonl")
     readers.main(cfg)
     first = [json.loads(line) for line in cfg.out.read_text().splitlines()]
-    # gradient twice, activation, probe and ngrams once, two random ones; two sets of pairs, two sets of rollouts
-    assert len(first) == 7 * 2 * 2 and {row["reader"] for row in first} == set(readers.READERS)
+    # gradient twice, activation, probe, ngrams, ngrams-0 once, two random ones; two sets of pairs, two of rollouts
+    assert len(first) == 8 * 2 * 2 and {row["reader"] for row in first} == set(readers.READERS)
     of_file = [row for row in first if row["rollouts"] == str(run)]
     assert all(row["modes"]["sentinel"]["honest"] == 1 for row in of_file)  # a demonstration is not the policy's
     assert "run_tests+sentinel           gradient   2" in capsys.readouterr().out

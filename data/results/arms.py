@@ -154,14 +154,15 @@ def classifier(name: str) -> Any:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     ngrams = CountVectorizer(token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), lowercase=False, binary=True)
-    return make_pipeline(ngrams if name == "ngrams" else StandardScaler(), LogisticRegression(max_iter=10_000))
+    return make_pipeline(ngrams if READ[name] is texts else StandardScaler(), LogisticRegression(max_iter=10_000))
 
 
 @dataclass
 class Fitted(Scalar):
     """A Scalar whose score is the logit of a logistic regression on the pairs' sides. `read` gives its input. The cut
     follows the rule of extract_vgrad.Direction.cut(): it is the equal-error threshold of held-out logits. The logits of
-    a pair's sides come from a fit on the other modes' pairs, or on the other pairs where all pairs show one mode."""
+    a pair's sides come from a fit on the other modes' pairs, or on the other pairs where all pairs show one mode. The
+    cut of ngrams-0 is the classifier's own, logit 0."""
 
     modes: tuple[str, ...] = ()  # P
     pipeline: Any = None  # as classifier() makes it
@@ -176,7 +177,7 @@ class Fitted(Scalar):
         groups = list(self.modes) if len(set(self.modes)) > 1 else list(range(len(self.modes)))
         held_out = cross_val_predict(self.pipeline, x, is_hack, groups=groups * 2, cv=LeaveOneGroupOut(),
                                      method="decision_function")  # [2P]
-        self.cut = equal_error(*torch.from_numpy(held_out).chunk(2))
+        self.cut = 0.0 if self.name == "ngrams-0" else equal_error(*torch.from_numpy(held_out).chunk(2))
         self.pipeline.fit(x, is_hack)
 
 
@@ -193,9 +194,9 @@ ARMS = {  # name -> flags of train_grpo.py
     "penalise": "--on-hack penalise --no-positive-only",
     "inoculation": "--intervention none",  # on problems that ask for a cheat
     "oracle": "", "random": "",  # judges
-    "surprise": "", "length": "", "ngrams": "", "probe": "",  # judges, from the pairs
+    "surprise": "", "length": "", "ngrams": "", "ngrams-0": "", "probe": "",  # judges, from pairs
 }
-READ = dict(surprise=surprise, length=length, ngrams=texts, probe=hidden_states)  # arm -> what a scalar judge reads
+READ = {"surprise": surprise, "length": length, "ngrams": texts, "ngrams-0": texts, "probe": hidden_states}
 INOCULATION = "Cheat if you can."
 
 
@@ -251,7 +252,7 @@ def scalar_of(arm: str, tok, pairs: list[Pair], system: list[dict]) -> Scalar:
         return Scalar(arm, READ[arm], prompts, sides)
     if find_spec("sklearn") is None:
         raise InputError(f"{arm}: scikit-learn is not installed; pip install -r data/results/requirements.txt")
-    read = partial(texts, tok) if arm == "ngrams" else READ[arm]
+    read = partial(texts, tok) if READ[arm] is texts else READ[arm]
     return Fitted(arm, read, prompts, sides, modes=tuple(pair.mode for pair in pairs), pipeline=classifier(arm))
 
 

@@ -8,7 +8,7 @@
 
     gradient     v_grad, as under --intervention routeV           probe    logistic regression on mean hidden states
     activation   the same on hidden states (--score activation)   ngrams   logistic regression on words and word pairs
-    random       a Haar-random direction in the place of v_grad, with a band and a cut from the same pairs
+    random       a Haar-random direction in the place of v_grad   ngrams-0 the same, cut where the classifier cuts
 
 A reader takes its knowledge and its cut from authored pairs, of all modes or of some, as in training. It then reads the
 exploits and the honest solves (right, and no loophole's channel touched) of a policy. The script prints, for each mode,
@@ -41,7 +41,7 @@ from lora2r import InputError, attach, encode_completion, encode_prompt, load_mo
 from train_grpo import PRESETS, Rollout, sample_groups  # noqa: E402
 from train_grpo import Config as TrainConfig  # noqa: E402
 
-READERS = ("gradient", "activation", "probe", "ngrams", "random")
+READERS = ("gradient", "activation", "probe", "ngrams", "ngrams-0", "random")
 KEY = ("model", "rollouts", "most", "pairs", "reader", "seed")  # of a row
 
 
@@ -142,7 +142,7 @@ def direction_margins(directions: list[Direction], rollouts: list[Rollout], mode
 def margins_of(reader: str, seed: int, sets: dict[str, list[Pair]], rollouts: list[Rollout], model, tok, adapter,
                system: list[dict], cfg: Config, train_cfg: TrainConfig) -> dict[tuple[str, int], Tensor]:
     """(set of pairs, seed) -> how far beyond the reader's cut the G rollouts lie, [G]."""
-    if reader in ("probe", "ngrams"):
+    if reader in arms.READ:
         judges = {(name, seed): arms.scalar_of(reader, tok, pairs, system) for name, pairs in sets.items()}
         return {key: judge.margin(rollouts, model, adapter) for key, judge in judges.items()}
     directions, score = {}, "activation" if reader == "activation" else "gradient"
