@@ -292,7 +292,7 @@ STYLES = {"none": ("#D55E00", "--"), "fixed-share": ("#CC79A7", "-."), "routeV":
 def draw_curves(path: Path) -> None:
     """The embedded world: training answers of the deployed block over steps, mean and range over seeds."""
     rows = [json.loads(line) for line in (HERE / "nano-2001.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.7), sharey=True, layout="constrained")
     for axis, rate in zip(axes, ("exploit", "honest_solve")):
         ends = {}
         for arm in {row["arm"]: None for row in rows if row["arm"] in STYLES}:
@@ -306,8 +306,8 @@ def draw_curves(path: Path) -> None:
         for arm in sorted(ends, key=ends.get):  # labels at the lines' ends, at least 9 points apart
             at = max(ends[arm], at + 9)
             axis.text(40.8, at, ARMS[arm].partition(",")[0], color=STYLES[arm][0], va="center", fontsize=12)
-        axis.set(ylabel=f"{rate.replace('_', ' ')}, %", ylim=(-3, 103), xlim=(1, 51))
-    axes[1].set(xlabel="GRPO step", xticks=[1, 10, 20, 30, 40])
+        axis.set(title=f"{rate.replace('_', ' ')}, %", ylim=(-3, 103), xlim=(1, 60), xlabel="GRPO step",
+                 xticks=[1, 10, 20, 30, 40])
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
