@@ -102,3 +102,12 @@ def test_tables_and_prose_are_what_the_rows_say():
                 assert not unknown, f"{page.name}: {sorted(unknown)} is not in table {cited[1]}"
                 checked += 1
     assert checked > 10
+
+
+def test_readme_is_short_and_knows_the_sizes_of_the_files():
+    text = (ROOT / "README.md").read_text()
+    lines = text.splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 120
+    assert len(text.split()) <= 2200 and len(re.findall(r"\d+(?:[.,]\d+)?", text)) <= 200
+    sizes = dict(re.findall(r"^    (\w+\.py) +(\d+) ", text, re.MULTILINE))
+    assert sizes == {path.name: str(len(path.read_text().splitlines())) for path in ROOT.glob("*.py")}
