@@ -147,7 +147,8 @@ def test_init_has_the_stated_variance():
 
 def test_attach_errors_name_the_value_and_the_remedy():
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11))
-    for model, r, says in ((gpt2, R, r"only nn.Linear.*\(Conv1D, .*use another"), (tiny_adapter()[0], R, "already has an adapter"),
+    for model, r, says in ((gpt2, R, r"only nn.Linear.*\(Conv1D, .*use another"),
+                           (tiny_adapter()[0], R, "already has an adapter"),
                            (tiny_model(), 0, "r = 0.*at least 1")):
         with pytest.raises(InputError, match=says):
             attach(model, r)
