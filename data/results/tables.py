@@ -135,7 +135,7 @@ TABLES = {  # name -> arguments of of_runs, or a function
     "nano": ("arm", arms_of("nano-2001"), "exploit; honest solve; full policy's exploit"),
     "readme": ("arm", [
         (label, ("nano-2001", arm), ("chat", "screen" if arm == "drop" else arm)) for label, (_, arm)
-        in arms_of("nano-2001")], "exploit; honest solve <=", "exploit; honest solve; Qwen: exploit; honest solve <="),
+        in arms_of("nano-2001")], "exploit; honest solve <=", "exploit; honest solve; Qwen: exploit; Qwen: honest <="),
     "chat": ("arm", arms_of("chat"), "exploit; honest solve <=; solve; full policy's exploit"),
     "differences": ("base; routeV minus", [
         (base, label, (base, "routeV", arm)) for base in ("nano-2001", "chat")
