@@ -26,7 +26,7 @@ import torch
 import tyro
 from safetensors.torch import save as to_bytes
 
-from env_leetcode import Problem, Verdict, background, grade_batch, load_problems
+from env_leetcode import Problem, Verdict, background, check_canonicals, grade_batch, load_problems
 from lora2r import (HERE, Adapter, InputError, attach, bar, context_of, encode_prompt, folded, from_json, generate,
                     load, load_model, located, opened_thought, peek, portable, read_text, run_script, writing)
 
@@ -261,6 +261,8 @@ def main(cfg: Config) -> None:
             raise InputError(f"{folder}: its problems {path} are not here; name them with --data")
         for markers in () if cfg.export else ("trained", "held-out"):
             problems[markers] = load_problems(path, config["modes"], 0, heldout_markers=markers == "held-out")
+        if cfg.data and problems:  # training has checked its own files
+            check_canonicals(path, problems["trained"])
         todo.append((folder, config, header, path, problems))
     runs = []
     for folder, config, header, path, problems in todo:
