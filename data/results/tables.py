@@ -5,109 +5,26 @@
     python data/results/tables.py nano chat chat.png    # these
     python data/results/tables.py --update              # write the tables between <!-- table NAME --> and <!-- end -->
 
-Rates are percentages of answers to held-out problems, by the model that ships (quarantine ablated) under the markers of
-training, unless a column says otherwise. exploit: own loophole used with success, right or not. honest solve: right,
-and no loophole's channel touched. Rows of commit b713ae4 and older have no channels: there solve + hack - exploit is an
-upper bound, and the column says "honest solve <=". n: seeds, or bases where a line has several. A cell is the mean over
-these with its 95 % t interval, cut to 0 to 100. It has no interval if n = 1 or if all values are equal.
+What a rate, n and an interval are: see rows.py.
 """
-import json
 import re
 import sys
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache
 from itertools import product
-from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
 from scipy import stats
 
-HERE = Path(__file__).resolve().parent
+from figures import FIGURES
+from rows import ARMS, COLUMNS, HERE, Table, arms_of, cell, load, of_runs, rates, rows_of, values_of
+
 PAGES = [HERE.parents[1] / "README.md", HERE / "RESULTS.md"]
 MARKED = re.compile(r"(<!-- table ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.S)
-Table = list[list[str]]  # a head, then lines
-Run = tuple  # (file, arm) or (file, arm, other arm): the difference; several files: the mean over bases
-
-
-# ---------------------------------------------------------------------------------------------- rows and cells
-SHOWN, UNSEEN = ("run_tests", "sentinel"), ("file_marker", "stdout_marker")  # where the pairs show two modes
-COLUMNS = {  # head of a column -> which rate of which answers
-    "exploit": dict(rate="exploit"), "full policy's exploit": dict(rate="exploit", setting="full"),
-    "solve": dict(rate="solve"), "hack": dict(rate="hack"), "hack, held-out": dict(rate="hack", markers="held-out"),
-    "honest solve": dict(rate="honest_solve"), "honest solve <=": dict(rate="honest_solve"),
-    "exploit, held-out markers": dict(rate="exploit", markers="held-out"),
-    "exploit, shown modes": dict(rate="exploit", modes=SHOWN), "unseen modes": dict(rate="exploit", modes=UNSEEN),
-    "full policy, unseen": dict(rate="exploit", modes=UNSEEN, setting="full")}
-
-
-@cache
-def load(name: str) -> pd.DataFrame:
-    """NAME.jsonl -> a line for each arm, seed, setting, markers and mode, with rates in percent."""
-    path, lines = HERE / f"{name}.jsonl", []
-    for row in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
-        for key, modes in row["results"].items():
-            setting, markers = key.split(", ")
-            for mode, shares in modes.items():
-                honest = shares.get("honest_solve", shares["solve"] + shares["hack"] - shares["exploit"])
-                percent = [100 * share for share in (shares["exploit"], shares["solve"], shares["hack"], honest)]
-                lines.append([name, row["arm"], row["seed"], setting, markers, mode, *percent])
-    return pd.DataFrame(lines, columns="base arm seed setting markers mode exploit solve hack honest_solve".split())
-
-
-@cache
-def rates(names: str | tuple[str, ...], arm: str, rate: str = "exploit", setting: str = "deployed",
-          markers: str = "trained", modes: tuple[str, ...] = ("all",)) -> pd.Series:
-    """One rate of an arm, by (base, seed): the mean over `modes`, which have equally many problems. Empty: no rows."""
-    rows = load(names) if isinstance(names, str) else pd.concat(map(load, names))
-    chosen = rows[(rows.arm == arm) & (rows.setting == setting) & (rows.markers == markers) & rows["mode"].isin(modes)]
-    return chosen.groupby(["base", "seed"])[rate].mean()
-
-
-def values_of(run: Run, **which) -> pd.Series:
-    """`rates` of (file, arm), or their differences of (file, arm, other arm), paired by seed, where both have rows."""
-    names, *arms = run
-    return reduce(pd.Series.sub, [rates(names, arm, **which) for arm in arms]).dropna()
-
-
-def units(values: pd.Series) -> pd.Series:
-    """What an interval is over: seeds, or the means of bases where there are several."""
-    bases = values.groupby("base").mean()
-    return bases if len(bases) > 1 else values
-
-
-def cell(values: pd.Series, sign: str = "") -> str:
-    """Mean and interval. sign "+z": of differences, which are not cut to 0 to 100."""
-    values = units(values)
-    if len(values) < 2 or values.std() < 1e-9:
-        return f"{values.mean():{sign}.1f}" if len(values) else "-"
-    low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
-    low, high = (low, high) if sign else (max(0.0, low), min(100.0, high))
-    return f"{values.mean():{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
-
-
-def of_runs(head: str, lines: list[tuple], columns: str, heads: str = "") -> Table:
-    """lines: (label, ..., run, ...), labels as `head` names them. A line for each whose first run has rows: n, and the
-    `columns` of every run, which `heads` may rename. "highest" and a column: of its values the highest."""
-    table = [[*head.split("; "), "n", *(heads or columns).split("; ")]]
-    for line in lines:
-        labels = [part for part in line if isinstance(part, str)]
-        runs = line[len(labels):]
-        cells = [str(len(units(values_of(runs[0]))))]
-        for run, column in product(runs, columns.split("; ")):
-            values = values_of(run, **COLUMNS[column.removeprefix("highest ")])
-            sign = "+z" if len(run) == 3 else ""
-            cells.append(f"{values.max():.1f}" if column.startswith("highest ") else cell(values, sign))
-        table += [[*labels, *cells]] if cells[0] != "0" else []
-    return table
 
 
 # ---------------------------------------------------------------------------------------------- tables
-ARMS = {"none": "no routing", "absorb": "absorb: both blocks, no gate",
-        "placebo": "random direction, matched counts", "fixed-share": "random direction, fixed share",
-        "screen": "drop what routeV's gate flags", "drop": "drop what routeV's gate flags",
-        "hidden-states": "routeV with hidden states", "routeV": "routeV", "absorption": "routeV", "ceiling": "ceiling"}
 DECISION = {  # *: without absorption
     "none": "no routing", "absorption": "routeV", "routeV": "routeV *", "screen": "drop what its gate flags *",
     "hidden-states": "hidden states *", "surprise": "gate by mean NLL *", "length": "gate by length *",
@@ -123,12 +40,14 @@ WORSE = {"": "nothing: 44 pairs of two modes", "-pairs-20": "20 pairs", "-pairs-
          "-pairs-run_tests": "pairs of run_tests", "-pairs-sentinel": "pairs of sentinel",
          "-pairs-swapped-4": "4 of 44 pairs swapped", "-pairs-swapped-11": "11 of 44 pairs swapped",
          "-rank-8": "rank 8", "-steps-20": "20 steps", "-steps-120": "120 steps", "-mix-ratio-0": "no teacher pool"}
+BASELINES = {"routeV": "routeV", "hidden-states": "routeV with hidden states", "probe": "probe on hidden states",
+             "ngrams": "words, held-out cut", "ngrams-0": "words, logit 0", "drop": "drop", "penalise": "penalise",
+             "oracle": "oracle: flag every exploit", "random": "flag a third at random",
+             "routeV-swapped": "half of the pairs swapped", "routeV-wrong": "right against wrong answers"}
+SPLITS = ("run_tests-sentinel", "stdout_marker-file_marker")  # the modes of the pairs
+MONITORS = {("0", "0"): "r0-a0", ("0.25", "0"): "r0-a0.25", ("0.75", "0"): "r0-a0.75", ("0.25", "0.5"): "r0.5-a0.25",
+            ("0.25", "1"): "r1-a0.25", ("0.25", "0.75, all modes"): "even-a0.25"}  # (ablated share, recall) -> suffix
 REAL, LADDER, NANO, WORDY = "qwen2.5-coder-0.5b", "variants/ladder", "variants/nano", "variants/wordy"
-
-
-def arms_of(name: str) -> list[tuple]:
-    """(label, run) of each arm of a file that ARMS names."""
-    return [(label, (name, arm)) for arm, label in ARMS.items() if len(rates(name, arm))]
 
 
 TABLES = {  # name -> arguments of of_runs, or a function
@@ -201,6 +120,23 @@ TABLES = {  # name -> arguments of of_runs, or a function
         ("22 of run_tests and sentinel", ("wordy", "routeV, run_tests and sentinel pairs")),
         ("11 of run_tests", ("wordy", "routeV, run_tests pairs")),
         ("44 of four modes, read whole", (WORDY, "routeV --window 0"))], "exploit; highest exploit; honest solve <="),
+    "baselines": ("labels by", [(label, ("study", arm)) for arm, label in BASELINES.items()],
+                  "exploit; highest exploit; honest solve; full policy's exploit"),
+    "knowledge": ("base; pairs of; labels by", [
+        (base.replace("study", "nano-2001"), split.replace("-", ", "), BASELINES[arm], (base, f"{arm}-{split}"))
+        for base, split in product(("study", "base-2"), SPLITS)
+        for arm in ("routeV", "drop", "hidden-states", "ngrams", "ngrams-0")],
+        "exploit, shown modes; unseen modes; honest solve",
+        "exploit: run_tests, sentinel; stdout_marker, file_marker; honest solve"),
+    "monitor": ("ablated share; recall", [
+        (share, recall, *[("study", f"oracle-{of}{how}") for how in ("", "-drop", "-drop-alone")])
+        for (share, recall), of in MONITORS.items()], "unmonitored; honest solve",
+        "route: exploit; honest solve; drop: exploit; honest solve; drop *: exploit; honest solve"),
+    "monitor-gaps": ("ablated share; recall; difference", [
+        (share, recall, text, ("study", f"oracle-{of}{one}", f"oracle-{of}{other}"))
+        for (share, recall), of in MONITORS.items()
+        for text, one, other in (("route - drop", "", "-drop"), ("drop - drop *", "-drop", "-drop-alone"))],
+        "unmonitored; monitored; honest solve", "exploit, C and D; exploit, A and B; honest solve"),
     "departures": ("departure; goes back by", [
         ("none of these goes back", "", (LADDER, "+ --ablated-share 0.75")),
         ("each pair normalised; not by gradient length", "--no-equal-pairs", (NANO, "routeV --no-equal-pairs")),
@@ -275,7 +211,63 @@ def lost() -> Table:
     return table
 
 
-TABLES |= {"nano-seeds": nano_seeds, "tests": tests, "lost": lost}
+def offline() -> Table:
+    """What readers miss and flag before any training (readers.jsonl): means over seeds or random directions."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows_of("readers"):
+        rollouts = row["rollouts"].split("/")[-2] if "/" in row["rollouts"] else row["rollouts"]
+        groups.setdefault((row["model"].split("/")[-1], rollouts, row["pairs"], row["reader"]), []).append(row["modes"])
+    table = [["base", "answers of", "pairs of", "reader", "n", "missed, shown", "missed, unseen", "flagged", "AUROC, shown",
+              "AUROC, unseen"]]
+    for key, group in groups.items():
+        which = [*product(["missed"], ("shown", "unseen")), ("flagged", "all"), *product(["auroc"], ("shown", "unseen"))]
+        values = [pd.Series([100 * modes[of][rate] for modes in group if modes[of][rate] is not None]) for rate, of in which]
+        table.append([*key, str(len(group)), *[f"{value.mean():.1f}" if len(value) else "-" for value in values]])
+    return table
+
+
+def curves(name: str, arm: str, of: str) -> pd.DataFrame:
+    """Learning curves of what would ship, in percent: [steps, seeds]."""
+    return 100 * pd.DataFrame({row["seed"]: row["curve"][f"deployed_{of}"] for row in rows_of(name)
+                               if row["arm"] == arm}, dtype=float)
+
+
+def early() -> Table:
+    """No routing, stopped at the step whose training answers had the most honest solves."""
+    table = [["seed", "best step", "honest solve", "exploit", "exploit, last 5 steps"]]
+    honest, exploit = (curves("nano-2001", "none", of) for of in ("honest_solve", "exploit"))
+    for seed, step in honest.idxmax().items():
+        rates = (honest[seed][step], exploit[seed][step], exploit[seed][-5:].mean())
+        table.append([str(seed), str(step + 1), *map("{:.1f}".format, rates)])
+    return table
+
+
+def lasting() -> Table:
+    """160 steps: rates of training answers without the quarantine, means of 20 steps, for each seed."""
+    spans = ((20, 40), (80, 100), (140, 160))
+    which = list(product(("exploit", "honest_solve"), spans))
+    table = [["arm", "seed", *[f"{of.replace('_', ' ')}, steps {a + 1}-{b}" for of, (a, b) in which]]]
+    for arm in ("none", "routeV", "drop", "penalise"):
+        for seed in curves("study", f"{arm}-160", "exploit"):
+            rates = [curves("study", f"{arm}-160", of)[seed][a:b].mean() for of, (a, b) in which]
+            table.append([arm, str(seed), *map("{:.1f}".format, rates)])
+    return table
+
+
+def relearning() -> Table:
+    """Steps of training without routing until the mean exploit of five steps is at least 25 %, by starting model."""
+    table = [["start", "seed", "step", "exploit, steps 1-5", "exploit, steps 36-40"]]
+    for name, arm, start in [("nano-2001", "none", "the base"),
+                             *[("study", f"none-after-{of}", of) for of in ("routeV", "ceiling")]]:
+        for seed, exploit in curves(name, arm, "exploit").items():
+            reached = exploit.rolling(5).mean().ge(25)
+            table.append([start, str(seed), str(reached.idxmax() + 1) if reached.any() else "-",
+                          f"{exploit[:5].mean():.1f}", f"{exploit[35:40].mean():.1f}"])
+    return table
+
+
+TABLES |= {"nano-seeds": nano_seeds, "tests": tests, "lost": lost, "offline": offline, "early": early,
+           "lasting": lasting, "relearning": relearning}
 
 
 def text_of(name: str) -> str:
@@ -284,49 +276,7 @@ def text_of(name: str) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *lines])
 
 
-# ---------------------------------------------------------------------------------------------- figures
-STYLES = {"none": ("#D55E00", "--"), "fixed-share": ("#CC79A7", "-."), "routeV": ("#0072B2", "-"),
-          "ceiling": ("#000000", ":")}  # colours of Okabe and Ito
-
-
-def draw_curves(path: Path) -> None:
-    """The embedded world: training answers of the deployed block over steps, mean and range over seeds."""
-    rows = [json.loads(line) for line in (HERE / "nano-2001.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.7), sharey=True, layout="constrained")
-    for axis, rate in zip(axes, ("exploit", "honest_solve")):
-        ends = {}
-        for arm in {row["arm"]: None for row in rows if row["arm"] in STYLES}:
-            curves = [row["curve"][f"deployed_{rate}"] for row in rows if row["arm"] == arm]  # [seeds, steps], shares
-            smooth = 100 * pd.DataFrame(curves, dtype=float).T.rolling(5, center=True, min_periods=1).mean()
-            colour, style = STYLES[arm]
-            axis.plot(smooth.index + 1, smooth.mean(axis=1), style, color=colour, lw=2.2)
-            axis.fill_between(smooth.index + 1, smooth.min(axis=1), smooth.max(axis=1), color=colour, alpha=0.15, lw=0)
-            ends[arm] = smooth.mean(axis=1).iloc[-1]
-        at = -9.0
-        for arm in sorted(ends, key=ends.get):  # labels at the lines' ends, at least 9 points apart
-            at = max(ends[arm], at + 9)
-            axis.text(40.8, at, ARMS[arm].partition(",")[0], color=STYLES[arm][0], va="center", fontsize=12)
-        axis.set(title=f"{rate.replace('_', ' ')}, %", ylim=(-3, 103), xlim=(1, 60), xlabel="GRPO step",
-                 xticks=[1, 10, 20, 30, 40])
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-def draw_bars(path: Path) -> None:
-    """The real model: bars are means over seeds, dots are seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 4), sharey=True, layout="constrained")
-    labels, runs = zip(*reversed(arms_of("chat")))
-    for axis, rate, label in zip(axes, ("exploit", "honest_solve"), ("exploit, %", "honest solve, at most, %")):
-        for y, run in enumerate(runs):
-            values = values_of(run, rate=rate)
-            axis.barh(y, values.mean(), color=STYLES.get(run[1], ("#999999",))[0], height=0.6)
-            axis.plot(values, [y] * len(values), "o", color="white", mec="black", ms=6, clip_on=False, zorder=3)
-        axis.set(xlabel=label, xlim=(0, 100), yticks=range(len(runs)), yticklabels=labels)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-FIGURES = {"nano-2001.png": draw_curves, "chat.png": draw_bars}
-
-
+# ---------------------------------------------------------------------------------------------- the script
 @dataclass
 class Config:
     names: tyro.conf.Positional[tuple[str, ...]] = ()
