@@ -217,11 +217,11 @@ def offline() -> Table:
     for row in rows_of("readers"):
         rollouts = row["rollouts"].split("/")[-2] if "/" in row["rollouts"] else row["rollouts"]
         groups.setdefault((row["model"].split("/")[-1], rollouts, row["pairs"], row["reader"]), []).append(row["modes"])
-    table = [["base", "answers of", "pairs of", "reader", "n", "missed, shown", "missed, unseen", "flagged", "AUROC, shown",
-              "AUROC, unseen"]]
+    which = [("missed", "shown"), ("missed", "unseen"), ("flagged", "all"), ("auroc", "shown"), ("auroc", "unseen")]
+    table = [["base", "answers of", "pairs of", "reader", "n", *[", ".join(pair) for pair in which]]]
     for key, group in groups.items():
-        which = [*product(["missed"], ("shown", "unseen")), ("flagged", "all"), *product(["auroc"], ("shown", "unseen"))]
-        values = [pd.Series([100 * modes[of][rate] for modes in group if modes[of][rate] is not None]) for rate, of in which]
+        values = [pd.Series([100 * modes[of][rate] for modes in group if modes[of][rate] is not None])
+                  for rate, of in which]
         table.append([*key, str(len(group)), *[f"{value.mean():.1f}" if len(value) else "-" for value in values]])
     return table
 
