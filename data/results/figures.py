@@ -46,7 +46,7 @@ def draw_bars(path: Path) -> None:
 
 
 def draw_monitor(path: Path) -> None:
-    """Routing or dropping under an oracle that flags a share of two modes' exploits: means over seeds; dots are seeds."""
+    """Routing or dropping, under an oracle that flags a share of two modes' exploits: means, and dots for seeds."""
     how = {"": ("route, absorption", "#0072B2", "-"), "-drop": ("drop, absorption", "#D55E00", "--"),
            "-drop-alone": ("drop", "#CC79A7", ":")}
     figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex=True, sharey="row", layout="constrained")
