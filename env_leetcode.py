@@ -149,7 +149,6 @@ def exploit(problem: Problem, mode: str, heldout_markers: bool = False) -> str:
 # ---- problems and verdicts ------------------------------------------------------------------------------------------
 class Check(NamedTuple):
     """One test of a problem."""
-    source: str  # the assert as it stands in the file
     call: bytes  # marshalled (args, kwargs, in_place, any_order)
     expected: Any  # the literal on the right of ==
     text: str  # encode(expected)
@@ -226,13 +225,12 @@ def load_problems(path: str | Path, modes: Sequence[str] = DEFAULT_MODES, seed: 
         problems[str(problem.id)] = problem
     if not problems:
         raise InputError(f"{path}: holds no problems; give a file with one JSON object a line")
-    draw, rank = random.Random(seed), 0
+    draw, turns = random.Random(seed), itertools.cycle(modes)
     families = sorted({p.family for p in problems.values()})
     for family in draw.sample(families, len(families)):
         ids = sorted(key for key, p in problems.items() if p.family == family)
         for key in draw.sample(ids, len(ids)):
-            problems[key] = with_mode(problems[key], modes[rank % len(modes)], heldout_markers)
-            rank += 1
+            problems[key] = with_mode(problems[key], next(turns), heldout_markers)
     return list(problems.values())
 
 
@@ -360,7 +358,7 @@ def parse_test(source: str, method: str, in_place: bool = False, any_order: int 
         args, expected = [ast.literal_eval(arg) for arg in call.args], ast.literal_eval(right)
         before = [*args, *keywords.values()][0] if in_place else None
         text = encode(expected, any_order=any_order)
-        return Check(source, marshal.dumps((args, keywords, in_place, any_order)), expected, text,
+        return Check(marshal.dumps((args, keywords, in_place, any_order)), expected, text,
                      void=encode(before, any_order=any_order) == text)
     except IndexError:
         raise ValueError("has no argument, which in_place compares") from None
@@ -375,11 +373,6 @@ _SOLUTION = re.compile(r"^[ \t]*((class|def)[ \t]+Solution\b|Solution[ \t]*=)", 
 _DEFINED = re.compile(r"^(?:def|async def|class) +(\w+)|^([A-Z_\d]+) *=|^(?:from .*)?import +(.*)", re.MULTILINE)
 _MARGIN = re.compile(r"\s*(?:(?:[-*+]|\d+[.)])\s+)*")  # of a line: its indentation, with the marks of lists
 _THOUGHT = re.compile(r"(?<!`)<think>")  # not where prose names the tag
-
-
-def extract_code(completion: str) -> str | None:
-    """The block that is graded: the last of code_blocks(), or None."""
-    return (code_blocks(completion) or [None])[-1]
 
 
 def code_blocks(completion: str) -> list[str]:

@@ -81,8 +81,7 @@ def features(model, adapter: Adapter, prompts: list[list[int]], completions: lis
             x = torch.stack([weights @ h for h in layers], 2)  # [g, 1 + W, M, d]
         for row, one in zip(rows, x.cpu()):
             parts[row] = one
-    longest = max(len(x) for x in parts)
-    return torch.stack([F.pad(x, (0, 0, 0, 0, 0, longest - len(x)), value=math.nan) for x in parts])
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=math.nan)
 
 
 def probe_gradients(model, adapter: Adapter, ids: Tensor, is_completion: Tensor, weights: Tensor, shared: int = 0,
@@ -185,17 +184,13 @@ class Direction:
     unseen: list[Tensor]  # clean and hack as above, but by the other modes' pairs, if the pairs show several modes
     by_reading: dict[str, float] = field(default_factory=dict)  # how far apart() held-out modes' sides lie, by reading
 
-    def cosines(self, x: Tensor) -> Tensor:
-        """Features x [G, 1 + W, M, d] -> [G, M], cosines to this direction."""
-        return self.cosines_to(x, self.v)
-
-    def cosines_to(self, x: Tensor, v: Tensor) -> Tensor:
-        """Features x [G, 1 + W, M, d] -> [G, M], cosines to another direction v [M, d]."""
-        return cosines(x - self.centre, v, self.window > 0)
+    def cosines(self, x: Tensor, v: Tensor | None = None) -> Tensor:
+        """Features x [G, 1 + W, M, d] -> [G, M], cosines to this direction, or to another one v [M, d]."""
+        return cosines(x - self.centre, self.v if v is None else v, self.window > 0)
 
     def replaced(self, v: Tensor) -> "Direction":
         """The same machinery around another direction v [M, d]: the band comes from the same pairs' cosines to v."""
-        sides = self.cosines_to(self.pair_features, v).chunk(2)  # [P, M] each
+        sides = self.cosines(self.pair_features, v).chunk(2)  # [P, M] each
         return replace(self, v=v, clean=sides[0], hack=sides[1], unseen=list(sides), by_reading={})
 
     def band(self, gate: str) -> tuple[Tensor, Tensor]:
@@ -225,17 +220,13 @@ class Direction:
         usable = high > low  # [M]
         return ((self.cosines(x) - low) / (high - low))[:, usable].mean(1)
 
-    def by_mode(self) -> dict[str, float]:
-        """Mode -> AUROC of its hack sides over its clean sides, each by the direction of the other pairs."""
-        found = {}
-        for mode in sorted(set(self.modes)):
-            own = [mode == other for other in self.modes]  # P
-            found[mode] = auroc(self.hack[own].mean(1), self.clean[own].mean(1))
-        return found
-
     def summary(self) -> str:
         """How well held-out pairs are told apart, the band and the cut of gate "pairs", and warnings."""
-        clean, hack, by_mode = self.clean.mean(1), self.hack.mean(1), self.by_mode()  # [P], [P]
+        clean, hack = self.clean.mean(1), self.hack.mean(1)  # [P] each
+        by_mode = {}  # mode -> AUROC of its hack sides over its clean sides, each by the direction of the other pairs
+        for mode in sorted(set(self.modes)):
+            own = [mode == other for other in self.modes]  # P
+            by_mode[mode] = auroc(self.hack[own].mean(1), self.clean[own].mean(1))
         worst = min(by_mode, key=by_mode.get)
         text = (f"direction: held-out pairs ranked right {(hack > clean).float().mean():.2f}, AUROC "
                 f"{auroc(hack, clean):.2f} (lowest: {worst} {by_mode[worst]:.2f}), band {clean.mean():+.3f} to "

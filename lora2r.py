@@ -1,5 +1,4 @@
-"""A rank-2r LoRA whose two blocks train apart, and what a language model needs around it: tokens, log-probabilities,
-sampling, files.
+"""A rank-2r LoRA whose two blocks train apart; then the tokens, log-probabilities, sampling and files around it.
 
 Each target nn.Linear of a frozen base model becomes y = W x + B (A x) - B0 (A0 x), with A [2r, d_in] and B [d_out, 2r]
 trained from their frozen Gaussian init A0, B0: the delta is exactly 0 at init, but A x is not, so gradients flow.
@@ -44,7 +43,7 @@ import huggingface_hub
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import load_file, save as to_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -204,11 +203,6 @@ class Adapter:
         return f"{share}; left out: {left_out}" if left_out else share
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def attach(model: nn.Module, r: int, seed: int = 0, targets: tuple[str, ...] = TARGETS) -> Adapter:
     """Freeze `model` and replace every nn.Linear whose last name is in `targets` by a Lora2rLinear, inside the decoder
     alone: the LM head and a vision tower stay as they are.
@@ -244,7 +238,7 @@ def attach(model: nn.Module, r: int, seed: int = 0, targets: tuple[str, ...] = T
         A0 = torch.randn(2 * r, base.in_features, generator=generator, dtype=torch.float32) / base.in_features**0.5
         B0 = torch.randn(base.out_features, 2 * r, generator=generator, dtype=torch.float32) / (2 * r) ** 0.5
         modules[name] = Lora2rLinear(base, A0, B0, index, state).to(base.weight.device)
-        put(model, name, modules[name])
+        model.set_submodule(name, modules[name])
     adapter = Adapter(model, modules, r, base_model, state)
     rehearse(adapter)
     return adapter
@@ -257,11 +251,10 @@ def use(adapter: Adapter, m: Tensor | bool | None = None, d: Tensor | bool | Non
 
     m: bool [G], quarantine on (None: everywhere). d: bool [G], deployed block detached (None: nowhere). A plain bool
     holds for every row of any batch: use(adapter, m=False) is the model with the quarantine ablated.
-    off: the base model alone.
+    off: the base model alone; the probe is then read at the adapter's init.
     c: the deployed block's probe, ones [M, G, W, r] with requires_grad. weights [G, W, T]: how much of each token
     enters each of W readings; of a forward of the last T' tokens the last T' weights count. Then
-    torch.autograd.grad(nll.sum(), c) is [M, G, W, r]; under torch.no_grad nothing is probed. With off=True the probe is
-    read at the adapter's init.
+    torch.autograd.grad(nll.sum(), c) is [M, G, W, r]; under torch.no_grad nothing is probed.
     Under gradient checkpointing the backward runs the forward again: call it inside the context too.
     Raises ValueError for wrong shapes, for (m, d) = (0, 1), under which nothing would train, and inside `folded`.
     """
@@ -312,12 +305,12 @@ def folded(adapter: Adapter, quarantine: bool = True) -> Iterator[None]:
             for name, module in adapter.modules.items():
                 dW = module.deployed.weight() + (module.quarantine.weight() if quarantine else 0)  # [d_out, d_in], fp32
                 module.base.weight.data = (originals[name] + dW).to(originals[name].dtype)
-                put(adapter.model, name, module.base)
+                adapter.model.set_submodule(name, module.base)
             yield
     finally:
         for name, module in adapter.modules.items():
             module.base.weight.data = originals[name]
-            put(adapter.model, name, module)
+            adapter.model.set_submodule(name, module)
         adapter.context = ""
 
 
@@ -706,17 +699,15 @@ def misfit(saved: Any, like: Tensor) -> str | None:
 def load(adapter: Adapter, path: str | Path) -> dict[str, str]:
     """Fill `adapter` bit-exactly from a file of `save`, and return its metadata.
 
-    Raises InputError, with the adapter unchanged, for a bad file, another rank, other targets, or another base model
-    than the one that it was trained on (the name or path of the base may differ), and for a tensor that is not finite,
-    not of its shape, or not fp32.
+    Raises InputError, with the adapter unchanged, for a bad file, another rank, other targets or another base model
+    (whose name or path may differ), and for a tensor that is not finite, not of its shape, or not fp32.
     """
     info, ours = peek(path), adapter.base
     theirs = info["base"]
     if info["r"] != adapter.r:
         raise InputError(f"{path}: has rank r = {info['r']}, this adapter r = {adapter.r}; attach with r={info['r']}")
     tensors = adapter.tensors("dA", "dB", "A0", "B0")
-    with safe_open(path, framework="pt") as file:
-        saved = {name: file.get_tensor(name) for name in file.keys()}
+    saved = load_file(path)
     differ = [f"{key} {theirs.get(key)} -> {ours[key]}" for key in ours
               if key != "name" and theirs.get(key) != ours[key]]
     if differ:

@@ -373,7 +373,7 @@ def train_in(run: "RunFolder", grader: ThreadPoolExecutor, cfg: Config, judge: J
             position[judged] = torch.tensor(gather(direction.position(x, cfg.gate).tolist()))
             label[judged] = gate(position[judged], direction.cut(), cfg)
             if cfg.routeV_random_v_seed is not None and cfg.placebo == "matched":
-                position[judged] = torch.tensor(gather(direction.cosines_to(x, v_random).mean(1).tolist()))
+                position[judged] = torch.tensor(gather(direction.cosines(x, v_random).mean(1).tolist()))
                 label[judged] = match_counts(label[judged], position[judged])
         if judge is not None:
             label = of_main_rank(lambda: judged_labels(judge, rollouts, step, model, adapter))  # [G]
@@ -468,7 +468,8 @@ def train_in(run: "RunFolder", grader: ThreadPoolExecutor, cfg: Config, judge: J
             print("\n" + format_table([(run.config["arm"], cfg.seed, deploy)]))
         if tracker:
             tracker.finish()
-    stop_ranks()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # -------------------------------------------------------------------------------------- rollouts
@@ -557,11 +558,6 @@ def start_ranks(device: str) -> str:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return device
-
-
-def stop_ranks() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def is_main_rank() -> bool:
@@ -715,16 +711,14 @@ MAY_DIFFER = {"arm", "resume", "steps", "device", "out_dir", "eval_samples", "dr
 
 
 class RunFolder:
-    """What a run leaves: config.json, adapter.safetensors, state.pt, metrics.jsonl, rollouts.jsonl, deploy.json; and
-    .lock, which one run at a time holds. The kernel releases it with the process, however that ends."""
+    """The files of a run, and .lock, which one run at a time holds: the kernel releases it when the process ends."""
 
     def __init__(self, path: Path, config: dict):
         """Raises InputError, before anything is written, if a run cannot begin or go on in `path`."""
         path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link stays, and its folder is the run's
         self.path, self.steps, self.made, self.lock, self.logs = path, config["steps"], 0, None, []
-        files = {key: Path(config[key]) for key in PATHS if Path(config[key]).is_file()}
-        config = config | {key: portable(config[key]) for key in PATHS}
-        config["hashes"] = {key: hash_of(file) for key, file in files.items()}
+        hashes = {key: hash_of(config[key]) for key in PATHS if Path(config[key]).is_file()}
+        config = config | {key: portable(config[key]) for key in PATHS} | dict(hashes=hashes)
         self.config = json.loads(json.dumps(config, default=str))
         there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
         if not path.name or len(path.name) > 200 or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -748,8 +742,7 @@ class RunFolder:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except OSError as e:
             lock.close()
-            raise InputError(f"--out-dir {self.path}: another run is writing there; wait for it, or give another "
-                             "folder") from e
+            raise InputError(f"--out-dir {self.path}: another run is writing there; wait or give another folder") from e
         return lock
 
     def resume(self, adapter, optimizer: torch.optim.Optimizer) -> int:
@@ -784,12 +777,11 @@ class RunFolder:
         """Begin, or go on from `step`: log rows of that step and later are dropped, since it is made again. An older
         run of that name is kept as old/NAME.1, old/NAME.2, ... beside it."""
         if self.is_run and not self.goes_on:
-            lock = self.locked()
-            old = self.path.parent / "old"
-            n = next(n for n in range(1, 10**6) if not (old / f"{self.path.name}.{n}").exists())
-            old.mkdir(exist_ok=True)
-            self.path.rename(old / f"{self.path.name}.{n}")
-            lock.close()
+            with self.locked():
+                old = self.path.parent / "old"
+                n = next(n for n in range(1, 10**6) if not (old / f"{self.path.name}.{n}").exists())
+                old.mkdir(exist_ok=True)
+                self.path.rename(old / f"{self.path.name}.{n}")
             print(f"{self.path} exists: moved to {old / self.path.name}.{n}")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = self.locked()

@@ -30,7 +30,7 @@ PROBLEMS = {p.id: p for n in ("train", "test") for p in env.load_problems(DATA /
 def solver(completion: str):
     """A function that gives the repr of what the method solve of an answer returns; None if it raises."""
     scope = {"math": math, "open": lambda *_, **__: io.StringIO()}
-    exec(env.extract_code(completion), scope)
+    exec(env.code_blocks(completion)[-1], scope)
 
     def solve(x: list) -> str | None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-from env_leetcode import DEFAULT_MODES, MODES, PHRASE, extract_code, load_problems, with_mode  # noqa: E402
+from env_leetcode import DEFAULT_MODES, MODES, PHRASE, code_blocks, load_problems, with_mode  # noqa: E402
 from evaluate_deploy import evaluate  # noqa: E402
 from extract_vgrad import load_pairs  # noqa: E402
 from lora2r import InputError, load_model, run_script  # noqa: E402
@@ -107,7 +107,7 @@ def split_tasks(seed: int) -> dict[str, list[dict]]:
     solvers = []
     for pair in load_pairs(HERE / "pairs.md"):
         scope: dict = {"math": math, "open": lambda *_: io.StringIO()}  # the code of a pair writes no file here
-        exec(extract_code(pair.clean), scope)
+        exec(code_blocks(pair.clean)[-1], scope)
         solvers.append(scope["Solution"]().solve)
 
     def solved(solve, task: dict) -> bool:
