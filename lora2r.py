@@ -121,40 +121,33 @@ class Lora2rLinear(nn.Module):
         self.deployed, self.quarantine = (Block(a.clone(), b.clone()) for a, b in zip(A0.chunk(2), B0.chunk(2, dim=1)))
 
     def forward(self, x: Tensor) -> Tensor:  # [G, T, d_in] -> [G, T, d_out]
-        s = self.state
+        s, block = self.state, self.deployed
         if x.dim() == 2 and s.G:  # some shared experts get rollouts and tokens in one dimension
             return self.forward(x.view(s.G, -1, x.shape[1])).flatten(0, 1)
         y = self.base(x)
         if not s.off:
-            y = y + self.masked_deployed(x)
+            if s.G not in (None, len(x)):
+                raise ValueError(f"use() got masks or probes of {s.G} rollouts, but the forward has {len(x)} rows: "
+                                 "give one entry per row of input_ids, or m=True / m=False for all")
+            deployed = block(x)
+            # THE CUT: a rollout with d sends no gradient into the deployed dA and dB, nor through this block into x.
+            # The value stays: the quarantine then learns only what the deployed block does not already explain.
+            if s.d is True:
+                deployed = deployed.detach()
+            elif s.d is not False:
+                deployed = torch.where(s.d, deployed.detach(), deployed)
+            y = y + deployed
             if s.m is True:
                 y = y + self.quarantine(x)
             elif s.m is not False:
                 # Rows with m = 0 never enter the quarantine, not even times 0: no gradient and no NaN passes between.
                 y = y.index_add(0, s.m, self.quarantine(x.index_select(0, s.m)))
         if s.c is not None and torch.is_grad_enabled():
-            y = self.probed(x, y)
+            A, B = (block.A0, block.B0) if s.off else (block.A0 + block.dA, block.B0 + block.dB)
+            with torch.no_grad():  # the probe alone is asked for
+                h = F.linear(x, A.to(x.dtype))  # [G, T, r]
+            y = ReadProbe.apply(y, s.c[self.index], h, B.detach().to(x.dtype), s.weights[..., -x.shape[1] :])
         return y
-
-    def masked_deployed(self, x: Tensor) -> Tensor:
-        """The deployed block's output, without a gradient in rows with d."""
-        s, y = self.state, self.deployed(x)
-        if s.G not in (None, len(x)):
-            raise ValueError(f"use() got masks or probes of {s.G} rollouts, but the forward has {len(x)} rows: give "
-                             "one entry per row of input_ids, or m=True / m=False for all")
-        # THE CUT: a rollout with d sends no gradient into the deployed dA and dB, nor through this block into x. The
-        # value stays: the quarantine then learns only what the deployed block does not already explain.
-        if s.d is True:
-            return y.detach()
-        return y if s.d is False else torch.where(s.d, y.detach(), y)
-
-    def probed(self, x: Tensor, y: Tensor) -> Tensor:
-        """y behind the deployed block's c-probe."""
-        s, block = self.state, self.deployed
-        A, B = (block.A0, block.B0) if s.off else (block.A0 + block.dA, block.B0 + block.dB)
-        with torch.no_grad():  # the probe alone is asked for
-            h = F.linear(x, A.to(x.dtype))  # [G, T, r]
-        return ReadProbe.apply(y, s.c[self.index], h, B.detach().to(x.dtype), s.weights[..., -x.shape[1] :])
 
 
 class Adapter:
@@ -182,11 +175,8 @@ class Adapter:
         return self.deployed_parameters() + self.quarantine_parameters()
 
     def drop_untrained(self, trains_dep: bool, trains_quar: bool) -> None:
-        """Call between backward and optimizer.step(): a block that no rollout of the step trains gets .grad = None.
-
-        A zero gradient is not enough: AdamW would still move the block by its momentum. It skips what has no gradient.
-        trains_dep: some rollout is clean or mid. trains_quar: some rollout is mid or hack.
-        """
+        """Between backward and optimizer.step(): a block that no rollout of the step trains gets .grad = None. By a
+        zero gradient AdamW would still move it, with its momentum."""
         for p in [] if trains_dep else self.deployed_parameters():
             p.grad = None
         for p in [] if trains_quar else self.quarantine_parameters():
@@ -208,8 +198,7 @@ def attach(model: nn.Module, r: int, seed: int = 0, targets: tuple[str, ...] = T
     alone: the LM head and a vision tower stay as they are.
 
     A0 ~ N(0, 1/d_in), B0 ~ N(0, 1/2r), drawn on the CPU from `seed` in module order. The adapter is fp32 whatever the
-    base is: cast and move the model first. Raises InputError if nothing matches, if the model has an adapter already,
-    or if it fails the rehearsal.
+    base is: cast and move the model first. Raises InputError for a model that cannot be adapted.
     """
     if r < 1:
         raise InputError(f"adapter rank r = {r}: give a block rank of at least 1")
