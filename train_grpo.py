@@ -346,8 +346,9 @@ def train_in(run: "RunFolder", grader: ThreadPoolExecutor, cfg: Config, judge: J
         prompts = [encode_prompt(tok, p.messages) for p in batch]  # P
         rollouts, grading = sample_groups(model, tok, adapter, batch, prompts, demos, noise, step, grader, cfg)
         clock("sample")
-        for graded in grading:
-            graded.result()
+        verdicts = [verdict for graded in grading for verdict in graded.result()]
+        for rollout, verdict in zip(rollouts, verdicts):
+            rollout.verdict = verdict
         rollouts = sorted(gather(rollouts), key=lambda x: (x.j, x.k))  # [G], by prompt, of all ranks
         clock("grade")
 
@@ -487,8 +488,8 @@ def draws(cfg: Config, n_problems: int) -> Iterator[tuple[list[int], Tensor]]:
 
 def sample_groups(model, tok, adapter, batch: list[Problem], prompts: list[list[int]], demos: dict, noise: Tensor,
                   step: int, grader: ThreadPoolExecutor, cfg: Config) -> tuple[list[Rollout], list[Future]]:
-    """This rank's rollouts of the step, and the grading of each source, which fills in verdicts while the next source
-    is sampled. In a group demonstrations come first, then the full policy's rollouts, then the deployed block's own."""
+    """This rank's rollouts of the step, and their grading, source by source: it goes on while the next source is
+    sampled. In a group demonstrations come first, then the full policy's rollouts, then the deployed block's own."""
     K, mine, rollouts, grading = cfg.group_size, share(range(len(batch))), [], []
     n_teacher = {j: round(K * cfg.mix_ratio) if step < cfg.mix_steps and (batch[j].id, batch[j].mode) in demos else 0
                  for j in mine}
@@ -510,18 +511,11 @@ def sample_groups(model, tok, adapter, batch: list[Problem], prompts: list[list[
                                       cfg.temperature, cfg.top_k)
         texts = tok.batch_decode(ids, skip_special_tokens=True)
         where = [(j, k) for j in mine for k in ks_of[j]]
-        made = [Rollout(j, k, source, batch[j].mode, prompts[j], *rest)
-                for (j, k), *rest in zip(where, ids, logps, texts)]
-        grading.append(grader.submit(grade_rollouts, batch, made, opened_thought(tok, prompts[0])))
-        rollouts += made
+        rollouts += [Rollout(j, k, source, batch[j].mode, prompts[j], *rest)
+                     for (j, k), *rest in zip(where, ids, logps, texts)]
+        thought = opened_thought(tok, prompts[0])
+        grading.append(grader.submit(grade_batch, [batch[j] for j, _ in where], [thought + text for text in texts]))
     return rollouts, grading
-
-
-def grade_rollouts(batch: list[Problem], rollouts: list[Rollout], thought: str) -> None:
-    """Fill in the verdicts. thought: what the chat template opens, see opened_thought()."""
-    verdicts = grade_batch([batch[x.j] for x in rollouts], [thought + x.text for x in rollouts])
-    for x, verdict in zip(rollouts, verdicts):
-        x.verdict = verdict
 
 
 def judged_labels(judge: Judge, rollouts: list[Rollout], step: int, model, adapter) -> Tensor:
@@ -599,10 +593,9 @@ def reduce_gradients(params: list[torch.nn.Parameter]) -> None:
 
 # -------------------------------------------------------------------------------------- the log
 LEGEND = """  honest: share of the full policy's rollouts that are right and touch no loophole; exploit: share that used
-  their loophole; deployed: both rates of rollouts without quarantine; clean/mid/hack: shares of the labels among
-  rollouts whose label had an effect; auroc: of the gate's positions, exploits against honest solves with a positive
-  advantage; qmass: the quarantine's share of the gradient; |g|: gradient norm; s: seconds of sample + grade + gate +
-  update"""
+  their loophole; deployed: both rates of rollouts without quarantine; clean/mid/hack: label shares among rollouts whose
+  label had an effect; auroc: of the gate's positions, exploits against honest solves with a positive advantage; qmass:
+  the quarantine's share of the gradient; |g|: gradient norm; s: seconds of sample + grade + gate + update"""
 
 
 def outcomes(rollouts: list[Rollout], rewards: Tensor) -> dict:

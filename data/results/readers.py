@@ -119,9 +119,8 @@ def of_base(model, tok, adapter, problems: list[Problem], n: int, train_cfg: Tra
             noise = torch.rand(len(batch), n, cfg.max_new_tokens, generator=generator)  # [P, K, T]
             prompts = [encode_prompt(tok, problem.messages) for problem in batch]
             rollouts, grading = sample_groups(model, tok, adapter, batch, prompts, {}, noise, 0, grader, cfg)
-            for graded in grading:
-                graded.result()
-            found += rollouts
+            verdicts = [verdict for graded in grading for verdict in graded.result()]
+            found += [replace(x, verdict=verdict) for x, verdict in zip(rollouts, verdicts)]
     return found
 
 
