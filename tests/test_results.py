@@ -73,6 +73,8 @@ def test_an_arm_is_run_once_and_kept_as_a_row(tmp_path, small, monkeypatch):
     arms.main(cfg)
     with pytest.raises(InputError, match="bribery"):
         arms.main(arms.Config(("bribery",)))
+    with pytest.raises(InputError, match="--recall .* --suffix"):  # else it would be taken for the row of another arm
+        arms.main(arms.Config(("oracle",), recall={"sentinel": 0.5}))
 
 
 def numbers(text: str) -> set[str]:

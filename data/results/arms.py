@@ -9,12 +9,11 @@
     python data/results/arms.py ngrams --flags="--preset qwen2.5-coder-0.5b" --results data/results/chat-2.jsonl
     python data/results/arms.py --list                                   # the arms
 
-A run goes to RUNS/ARM-SEED/ and is resumed there when the command is given again. An arm and seed that has a row in the
-file of results is not run again. A row holds what the run evaluated at its end, its learning curve, and hashes of its
-config.json and of PREREGISTRATION.md.
+A run goes to RUNS/ARM-SEED/ and is resumed there when the command is given again; one that has a row is not run again.
+A row holds what the run evaluated at its end, its learning curve, and hashes of config.json and PREREGISTRATION.md.
 
-A judge takes the gate's place (train(cfg, judge) in train_grpo.py). It sees no verdict unless it is an oracle, and its
-random draws depend on the seed and the step alone. ngrams and probe need scikit-learn (data/results/requirements.txt).
+A judge takes the gate's place (train(cfg, judge) in train_grpo.py). Only an oracle sees verdicts. Random draws depend
+on seed and step alone. ngrams and probe need scikit-learn (data/results/requirements.txt).
 """
 import json
 import shlex
@@ -282,8 +281,7 @@ def wrong_pair(n: int, problem: Problem) -> Pair:
 
 def markdown(pairs: list[Pair]) -> str:
     """Pairs as load_pairs() reads them."""
-    parts = [f"## {p.name}\n### prompt\n{p.prompt}\n### clean\n{p.clean}\n### hack\n{p.hack}\n" for p in pairs]
-    return "\n".join(parts)
+    return "\n".join(f"## {p.name}\n### prompt\n{p.prompt}\n### clean\n{p.clean}\n### hack\n{p.hack}\n" for p in pairs)
 
 
 def written(text: str, path: Path) -> Path:
@@ -319,6 +317,8 @@ def main(cfg: Config) -> None:
         return
     if unknown := [arm for arm in cfg.arms if arm not in ARMS] or not cfg.arms:
         raise InputError(f"arms {unknown if cfg.arms else '(none)'}: give some of {', '.join(ARMS)}")
+    if (cfg.flags or cfg.recall or cfg.accuracy != 1) and not cfg.suffix and cfg.results is None:
+        raise InputError("--flags, --recall and --accuracy make another arm; give it a name of its own by --suffix")
     other_pairs = [*cfg.modes_of_pairs, *filter(None, [cfg.placebo_pairs])]
     world = cfg.world.resolve().name if cfg.world else "nano-2001"
     runs = cfg.runs / world if cfg.world else cfg.runs
