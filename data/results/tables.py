@@ -10,7 +10,7 @@ What a rate, n and an interval are: see rows.py.
 import re
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import pandas as pd
@@ -211,14 +211,22 @@ def lost() -> Table:
     return table
 
 
-def offline() -> Table:
-    """What readers miss and flag before any training (readers.jsonl): means over seeds or random directions."""
+READERS = {"gradient": "gradient", "activation": "hidden states", "probe": "probe on hidden states",
+           "ngrams": "words, held-out cut", "ngrams-0": "words, logit 0", "random": "random direction"}
+
+
+def offline(of_base: bool = False) -> Table:
+    """What readers miss of the exploits, and flag of the honest solves, of `none` or of the untrained base: means over
+    seeds, or over random directions."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows_of("readers"):
-        rollouts = row["rollouts"].split("/")[-2] if "/" in row["rollouts"] else row["rollouts"]
-        groups.setdefault((row["model"].split("/")[-1], rollouts, row["pairs"], row["reader"]), []).append(row["modes"])
+        base = "nano-2001" if row["model"] == "data/nano" else row["model"].split("/")[-1]
+        key = (base, row["pairs"].replace("+", ", "), READERS[row["reader"]])
+        if row["rollouts"].startswith("base") == of_base:
+            groups.setdefault(key, []).append(row["modes"])
     which = [("missed", "shown"), ("missed", "unseen"), ("flagged", "all"), ("auroc", "shown"), ("auroc", "unseen")]
-    table = [["base", "answers of", "pairs of", "reader", "n", *[", ".join(pair) for pair in which]]]
+    table = [["base", "pairs of", "reader", "n", "missed, shown", "missed, unseen", "flagged", "AUROC, shown",
+              "AUROC, unseen"]]
     for key, group in groups.items():
         values = [pd.Series([100 * modes[of][rate] for modes in group if modes[of][rate] is not None])
                   for rate, of in which]
@@ -266,7 +274,8 @@ def relearning() -> Table:
     return table
 
 
-TABLES |= {"nano-seeds": nano_seeds, "tests": tests, "lost": lost, "offline": offline, "early": early,
+TABLES |= {"nano-seeds": nano_seeds, "tests": tests, "lost": lost, "offline": offline,
+           "offline-base": partial(offline, True), "early": early,
            "lasting": lasting, "relearning": relearning}
 
 
