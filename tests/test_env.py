@@ -96,6 +96,8 @@ def test_partition_depends_on_seed_and_ids_only(tmp_path):
     assert modes == {p.id: p.mode for p in env.load_problems(path, seed=3, heldout_markers=True)}
     assert modes == {p.id: p.mode for p in env.load_problems(turned, seed=3)}
     assert modes != {p.id: p.mode for p in env.load_problems(path, seed=4)}
+    first = ["stdout_marker", "file_marker", "sentinel", "file_marker", "sentinel"]
+    assert [modes[i] for i in range(5)] == first  # results recompute only while this stays
 
 
 # ---- the schema
