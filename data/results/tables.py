@@ -266,7 +266,8 @@ def relearning() -> Table:
     """Steps of training without routing until the mean exploit of five steps is at least 25 %, by starting model."""
     table = [["start", "seed", "step", "exploit, steps 1-5", "exploit, steps 36-40"]]
     for name, arm, start in [("nano-2001", "none", "the base"),
-                             *[("study", f"none-after-{of}", of) for of in ("routeV", "ceiling")]]:
+                             *[("study", f"none-after-{of}-{of_seed}", f"{of}, seed {of_seed}")
+                               for of, of_seed in product(("routeV", "ceiling"), (300, 301, 302))]]:
         for seed, exploit in curves(name, arm, "exploit").items():
             reached = exploit.rolling(5).mean().ge(25)
             table.append([start, str(seed), str(reached.idxmax() + 1) if reached.any() else "-",
