@@ -11,7 +11,7 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import product
+from itertools import permutations, product
 
 import pandas as pd
 import tyro
@@ -44,7 +44,8 @@ BASELINES = {"routeV": "routeV", "hidden-states": "routeV with hidden states", "
              "ngrams": "words, held-out cut", "ngrams-0": "words, logit 0", "drop": "drop", "penalise": "penalise",
              "oracle": "oracle: flag every exploit", "random": "flag a third at random",
              "routeV-swapped": "half of the pairs swapped", "routeV-wrong": "right against wrong answers"}
-SPLITS = ("run_tests-sentinel", "stdout_marker-file_marker")  # the modes of the pairs
+SPLITS = ("run_tests-sentinel", "stdout_marker-file_marker")  # the modes of the pairs: SHOWN, UNSEEN of rows.py
+TWO_MODES = ("routeV", "drop", "hidden-states", "ngrams", "ngrams-0")  # arms that ran with each split
 MONITORS = {("0", "0"): "r0-a0", ("0.25", "0"): "r0-a0.25", ("0.75", "0"): "r0-a0.75", ("0.25", "0.5"): "r0.5-a0.25",
             ("0.25", "1"): "r1-a0.25", ("0.25", "0.75, all modes"): "even-a0.25"}  # (ablated share, recall) -> suffix
 REAL, LADDER, NANO, WORDY = "qwen2.5-coder-0.5b", "variants/ladder", "variants/nano", "variants/wordy"
@@ -122,12 +123,6 @@ TABLES = {  # name -> arguments of of_runs, or a function
         ("44 of four modes, read whole", (WORDY, "routeV --window 0"))], "exploit; highest exploit; honest solve <="),
     "baselines": ("labels by", [(label, ("study", arm)) for arm, label in BASELINES.items()],
                   "exploit; highest exploit; honest solve; full policy's exploit"),
-    "knowledge": ("base; pairs of; labels by", [
-        (base.replace("study", "nano-2001"), split.replace("-", ", "), BASELINES[arm], (base, f"{arm}-{split}"))
-        for base, split in product(("study", "base-2"), SPLITS)
-        for arm in ("routeV", "drop", "hidden-states", "ngrams", "ngrams-0")],
-        "exploit, shown modes; unseen modes; honest solve",
-        "exploit: run_tests, sentinel; stdout_marker, file_marker; honest solve"),
     "monitor": ("ablated share; recall", [
         (share, recall, *[("study", f"oracle-{of}{how}") for how in ("", "-drop", "-drop-alone")])
         for (share, recall), of in MONITORS.items()], "unmonitored; honest solve",
@@ -157,6 +152,19 @@ TABLES = {  # name -> arguments of of_runs, or a function
         (arm, (LADDER, arm)) for arm in dict.fromkeys(load(LADDER).arm) if not arm.startswith("before")],
         "exploit; honest solve <="),
 }
+
+
+def knowledge(gaps: bool = False) -> Table:
+    """Pairs of two modes: exploit on the modes that they show and on the others. gaps: of routeV to the other arms."""
+    tables = []
+    for split, (shown, unseen) in zip(SPLITS, permutations(("exploit, shown modes", "unseen modes"))):
+        arms = [(base, f"{arm}-{split}") for base, arm in product(("study", "base-2"), TWO_MODES)]
+        lines = [(base.replace("study", "nano-2001"), split.replace("-", ", "), BASELINES[arm.removesuffix(f"-{split}")],
+                  (base, f"routeV-{split}", arm) if gaps else (base, arm)) for base, arm in arms]
+        columns = f"{shown}; {unseen}; {'' if gaps else f'highest {unseen}; '}honest solve"
+        heads = f"exploit, shown; unseen; {'' if gaps else 'highest unseen; '}honest solve"
+        tables.append(of_runs(f"base; pairs of; {'routeV minus' if gaps else 'labels by'}", lines[gaps:], columns, heads))
+    return tables[0] + tables[1][1:]
 
 
 def nano_seeds() -> Table:
@@ -275,7 +283,7 @@ def relearning() -> Table:
     return table
 
 
-TABLES |= {"nano-seeds": nano_seeds, "tests": tests, "lost": lost, "offline": offline,
+TABLES |= {"knowledge": knowledge, "knowledge-gaps": partial(knowledge, True), "nano-seeds": nano_seeds, "tests": tests, "lost": lost, "offline": offline,
            "offline-base": partial(offline, True), "early": early,
            "lasting": lasting, "relearning": relearning}
 
