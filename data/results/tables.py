@@ -259,33 +259,36 @@ def early() -> Table:
 
 
 def lasting() -> Table:
-    """160 steps: rates of training answers without the quarantine, means of 20 steps, for each seed."""
+    """160 steps, each seed: rates of training answers without the quarantine, means of 20 steps; of what ships, test."""
     spans = ((20, 40), (80, 100), (140, 160))
     which = list(product(("exploit", "honest_solve"), spans))
-    table = [["arm", "seed", *[f"{of.replace('_', ' ')}, steps {a + 1}-{b}" for of, (a, b) in which]]]
+    heads = [f"{of}, {a + 1}-{b}".replace("_solve", "") for of, (a, b) in which]
+    table = [["arm", "seed", *heads, "test: exploit", "honest"]]
     for arm in ("none", "routeV", "drop", "penalise"):
         for seed in curves("study", f"{arm}-160", "exploit"):
-            rates = [curves("study", f"{arm}-160", of)[seed][a:b].mean() for of, (a, b) in which]
-            table.append([arm, str(seed), *map("{:.1f}".format, rates)])
+            means = [curves("study", f"{arm}-160", of)[seed][a:b].mean() for of, (a, b) in which]
+            means += [rates("study", f"{arm}-160", of)["study", seed] for of in ("exploit", "honest_solve")]
+            table.append([arm, str(seed), *map("{:.1f}".format, means)])
     return table
 
 
 def relearning() -> Table:
     """Steps of training without routing until the mean exploit of five steps is at least 25 %, by starting model."""
-    table = [["start", "seed", "step", "exploit, steps 1-5", "exploit, steps 36-40"]]
+    table = [["start", "seed", "step", "exploit, steps 1-5", "exploit, steps 36-40", "test: exploit"]]
     for name, arm, start in [("nano-2001", "none", "the base"),
                              *[("study", f"none-after-{of}-{of_seed}", f"{of}, seed {of_seed}")
                                for of, of_seed in product(("routeV", "ceiling"), (300, 301, 302))]]:
         for seed, exploit in curves(name, arm, "exploit").items():
             reached = exploit.rolling(5).mean().ge(25)
             table.append([start, str(seed), str(reached.idxmax() + 1) if reached.any() else "-",
-                          f"{exploit[:5].mean():.1f}", f"{exploit[35:40].mean():.1f}"])
+                          f"{exploit[:5].mean():.1f}", f"{exploit[35:40].mean():.1f}",
+                          f"{rates(name, arm)[name, seed]:.1f}"])
     return table
 
 
-TABLES |= {"knowledge": knowledge, "knowledge-gaps": partial(knowledge, True), "nano-seeds": nano_seeds, "tests": tests, "lost": lost, "offline": offline,
-           "offline-base": partial(offline, True), "early": early,
-           "lasting": lasting, "relearning": relearning}
+TABLES |= {"knowledge": knowledge, "knowledge-gaps": partial(knowledge, True), "nano-seeds": nano_seeds, "tests": tests,
+           "lost": lost, "offline": offline, "offline-base": partial(offline, True), "early": early, "lasting": lasting,
+           "relearning": relearning}
 
 
 def text_of(name: str) -> str:
