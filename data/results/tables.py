@@ -43,7 +43,8 @@ WORSE = {"": "nothing: 44 pairs of two modes", "-pairs-20": "20 pairs", "-pairs-
 BASELINES = {"routeV": "routeV", "hidden-states": "routeV with hidden states", "probe": "probe on hidden states",
              "ngrams": "words, held-out cut", "ngrams-0": "words, logit 0", "drop": "drop", "penalise": "penalise",
              "oracle": "oracle: flag every exploit", "random": "flag a third at random",
-             "routeV-swapped": "half of the pairs swapped", "routeV-wrong": "right against wrong answers"}
+             "routeV-all-advantages": "routeV, all advantages train", "routeV-swapped": "half of the pairs swapped",
+             "routeV-wrong": "right against wrong answers"}
 SPLITS = ("run_tests-sentinel", "stdout_marker-file_marker")  # the modes of the pairs: SHOWN, UNSEEN of rows.py
 TWO_MODES = ("routeV", "drop", "hidden-states", "ngrams", "ngrams-0")  # arms that ran with each split
 MONITORS = {("0", "0"): "r0-a0", ("0.25", "0"): "r0-a0.25", ("0.75", "0"): "r0-a0.75", ("0.25", "0.5"): "r0.5-a0.25",
@@ -159,11 +160,13 @@ def knowledge(gaps: bool = False) -> Table:
     tables = []
     for split, (shown, unseen) in zip(SPLITS, permutations(("exploit, shown modes", "unseen modes"))):
         arms = [(base, f"{arm}-{split}") for base, arm in product(("study", "base-2"), TWO_MODES)]
-        lines = [(base.replace("study", "nano-2001"), split.replace("-", ", "), BASELINES[arm.removesuffix(f"-{split}")],
+        lines = [(base.replace("study", "nano-2001"), split.replace("-", ", "),
+                  BASELINES[arm.removesuffix(f"-{split}")],
                   (base, f"routeV-{split}", arm) if gaps else (base, arm)) for base, arm in arms]
         columns = f"{shown}; {unseen}; {'' if gaps else f'highest {unseen}; '}honest solve"
         heads = f"exploit, shown; unseen; {'' if gaps else 'highest unseen; '}honest solve"
-        tables.append(of_runs(f"base; pairs of; {'routeV minus' if gaps else 'labels by'}", lines[gaps:], columns, heads))
+        head = f"base; pairs of; {'routeV minus' if gaps else 'labels by'}"
+        tables.append(of_runs(head, lines[gaps:], columns, heads))
     return tables[0] + tables[1][1:]
 
 
@@ -259,7 +262,7 @@ def early() -> Table:
 
 
 def lasting() -> Table:
-    """160 steps, each seed: rates of training answers without the quarantine, means of 20 steps; of what ships, test."""
+    """160 steps, each seed: training answers without the quarantine, means of 20 steps; then what ships, test split."""
     spans = ((20, 40), (80, 100), (140, 160))
     which = list(product(("exploit", "honest_solve"), spans))
     heads = [f"{of}, {a + 1}-{b}".replace("_solve", "") for of, (a, b) in which]
