@@ -157,16 +157,16 @@ TABLES = {  # name -> arguments of of_runs, or a function
 
 def knowledge(gaps: bool = False) -> Table:
     """Pairs of two modes: exploit on the modes that they show and on the others. gaps: of routeV to the other arms."""
-    tables = []
+    tables, names = [], TWO_MODES[1:] if gaps else TWO_MODES  # routeV is the first
     for split, (shown, unseen) in zip(SPLITS, permutations(("exploit, shown modes", "unseen modes"))):
-        arms = [(base, f"{arm}-{split}") for base, arm in product(("study", "base-2"), TWO_MODES)]
+        arms = [(base, f"{arm}-{split}") for base, arm in product(("study", "base-2"), names)]
         lines = [(base.replace("study", "nano-2001"), split.replace("-", ", "),
                   BASELINES[arm.removesuffix(f"-{split}")],
                   (base, f"routeV-{split}", arm) if gaps else (base, arm)) for base, arm in arms]
         columns = f"{shown}; {unseen}; {'' if gaps else f'highest {unseen}; '}honest solve"
         heads = f"exploit, shown; unseen; {'' if gaps else 'highest unseen; '}honest solve"
         head = f"base; pairs of; {'routeV minus' if gaps else 'labels by'}"
-        tables.append(of_runs(head, lines[gaps:], columns, heads))
+        tables.append(of_runs(head, lines, columns, heads))
     return tables[0] + tables[1][1:]
 
 
