@@ -314,8 +314,8 @@ def test_folded_forward_equals_the_blocks_and_is_undone_bit_exactly(quarantine, 
         expected = model(ids).logits
     with pytest.raises(KeyError), folded(adapter, quarantine=quarantine):
         assert not any(isinstance(module, Lora2rLinear) for module in model.modules())
-        close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
-        torch.testing.assert_close(model(ids).logits, expected, **close)
+        error = (model(ids).logits - expected).norm() / expected.norm()  # how one bf16 logit is rounded goes by the CPU
+        assert error < (5e-6 if dtype == torch.float32 else 0.04)
         raise KeyError
     assert torch.equal(model(ids).logits, unfolded) and adapter.context == ""
     assert all(module.base.weight is w for module, w in zip(adapter.modules.values(), weights))
