@@ -62,8 +62,8 @@ from lora2r import (HERE, InputError, attach, batches, encode_completion, encode
 class Config:
     # run
     preset: Literal["nano", "seed", "qwen2.5-coder-0.5b", "qwen3-4b"] = "nano"
-    """nano: the embedded model. seed: nano by the original recipe. qwen2.5-coder-0.5b: a CPU, 21 GB (if it has
-    no bf16, --dtype float32 is faster). qwen3-4b: one 80 GB GPU. Flags override it"""
+    """nano: the embedded model. seed: nano by the original recipe. qwen2.5-coder-0.5b: a CPU, 21 GB (if it has no
+    bf16, --dtype float32 --tokens-per-batch 2048 is faster). qwen3-4b: one 80 GB GPU. Flags override it"""
     intervention: Literal["none", "routeV", "absorb"] = "routeV"
     """none: every label is clean. routeV: the gate labels. absorb: every label is mid"""
     seed: int = 0

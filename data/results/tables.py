@@ -96,6 +96,8 @@ TABLES = {  # name -> arguments of of_runs, or a function
         ("Qwen2.5-Coder-0.5B", ("chat", "two-modes"))],
         "exploit, shown modes; unseen modes; highest unseen modes; full policy, unseen; honest solve <=",
         "exploit, shown modes; unseen modes; highest; full policy, unseen; honest solve <="),
+    "chat-2": ("arm", [("no routing", ("chat-2", "none")), ("routeV", ("chat-2", f"routeV-{SPLITS[0]}"))],
+               "exploit, shown modes; unseen modes; full policy, unseen; honest solve"),
     "markers": ("base; arm", [
         (base, ARMS[arm], (base, arm)) for base, arm in [
             *product(("nano-3", "wordy-3"), ("none", "placebo", "absorption", "ceiling")),
